@@ -1,0 +1,140 @@
+"""How results are held against the truth: one accuracy rule, and inputs for every op. Tests, benches and users share it."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hvpfast import dispatch, ops
+
+# Relative errors that the reduced precisions promise for float32 data (Frobenius norm, float32 sums).
+STATED_BOUND = {"bf16x3": 5e-6, "bf16": 5e-3}
+LAYOUTS = ("contiguous", "strided", "transposed", "offset")
+
+
+def error(actual: Tensor, truth: Tensor) -> tuple[float, float]:
+    """Relative errors of `actual`: in the Frobenius norm, and of the worst element against the largest one.
+
+    A NaN or inf that the truth does not have gives inf.
+    """
+    actual, truth = actual.detach().double().cpu(), truth.detach().double().cpu()
+    difference = actual - truth
+    if truth.numel() == 0:
+        return 0.0, 0.0
+    if not bool(torch.isfinite(difference).all()):
+        return math.inf, math.inf
+    norm, largest = float(truth.norm()), float(truth.abs().max())
+    if largest == 0:
+        return (0.0, 0.0) if float(difference.abs().max()) == 0 else (math.inf, math.inf)
+    return float(difference.norm()) / norm, float(difference.abs().max()) / largest
+
+
+def assert_accurate(
+    actual: Tensor, reference: Callable, *args, precision: str = "ieee", allowance: float = 8.0, **kwargs
+) -> None:
+    """Raise AssertionError unless a kernel's result is as accurate as its reference in the working dtype may be.
+
+    The truth is the reference on float64 copies of the arguments. The result passes if, in both measures of `error`,
+    `err(actual) <= 3 err(reference in the working dtype) + allowance * eps`, eps being that of the dtype summed in;
+    for a reduced `precision` and float32 data the stated bound of that precision is added.
+
+    Args:
+        actual: what the kernel returned. reference: an `Op` (its reference is taken) or a function.
+        args, kwargs: the arguments that the kernel got; `out` must hold what it held before the call.
+        precision: "ieee", "bf16x3" or "bf16", the one in which the kernel ran.
+    """
+    function = reference.reference if isinstance(reference, dispatch.Op) else reference
+    dtype = next(x.dtype for x in args if isinstance(x, Tensor))
+    with torch.no_grad():
+        truth = function(*_converted(args, torch.float64), **_converted(kwargs, torch.float64))
+        working = function(*_converted(args, None), **_converted(kwargs, None))
+    if actual.shape != truth.shape:
+        raise AssertionError(f"got shape {tuple(actual.shape)}, the reference gives {tuple(truth.shape)}")
+    if actual.dtype != working.dtype:
+        raise AssertionError(f"got {actual.dtype}, the reference gives {working.dtype}")
+    extra = STATED_BOUND.get(precision, 0.0) if dtype is torch.float32 else 0.0
+    floor = allowance * torch.finfo(working.dtype).eps + extra
+    for measure, got, own in zip(("Frobenius", "largest element"), error(actual, truth), error(working, truth), strict=True):
+        if not got <= 3 * own + floor:
+            raise AssertionError(
+                f"relative error ({measure}) {got:.3e} exceeds 3 x {own:.3e} (the reference's own in {dtype}) + {floor:.1e}"
+            )
+
+
+def _converted(values, dtype: torch.dtype | None):
+    """Copies of tensors (in `dtype` where given), inside tuples, lists and dicts too; anything else unchanged."""
+    if isinstance(values, Tensor):
+        return values.detach().clone() if dtype is None else values.detach().to(dtype, copy=True)
+    if isinstance(values, dict):
+        return {name: _converted(value, dtype) for name, value in values.items()}
+    if isinstance(values, (tuple, list)):
+        return type(values)(_converted(value, dtype) for value in values)
+    return values
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout: one of `LAYOUTS`."""
+    if layout == "contiguous" or x.dim() == 0:
+        return x.contiguous()
+    if layout == "strided":  # every second element of the last axis
+        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype, device=x.device)
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if layout == "transposed":  # the last axis is the slowest
+        return x.permute(-1, *range(x.dim() - 1)).contiguous().permute(*range(1, x.dim()), 0)
+    if layout == "offset":  # rows longer than they need be, and a base address off every alignment
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), math.nan, dtype=x.dtype, device=x.device)
+        wide[..., 1 : 1 + x.shape[-1]] = x
+        return wide[..., 1 : 1 + x.shape[-1]]
+    raise ValueError(f"laid_out: got {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+
+
+def make_inputs(
+    name: str,
+    *,
+    n: int = 4,
+    t: int = 1,
+    i: int = 5,
+    o: int = 3,
+    k: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    layout: str = "contiguous",
+    seed: int = 0,
+) -> tuple[tuple, dict]:
+    """Random arguments for the op called `name`: (args, kwargs) for N = n, T = t, I = i, O = o, K = k.
+
+    Normal values; half of `a` is rectified, as activations are. The same on every device for one seed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return laid_out(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device), layout)
+
+    def pair() -> tuple[Tensor, Tensor]:
+        a = torch.randn(n, t, i, generator=generator, dtype=torch.float64)
+        a[:, :, : i // 2].clamp_(min=0)
+        return laid_out(a.to(dtype).to(device), layout), draw(k * n, t, o)
+
+    wide = ops.accumulate_dtype(dtype)
+    recipes: dict[str, Callable[[], tuple[tuple, dict]]] = {
+        "gram": lambda: ((draw(n, t, i),), {}),
+        "sample_grads": lambda: (pair(), {}),
+        "sample_norms_squared": lambda: (pair(), {}),
+        "sample_dots": lambda: ((*pair(), draw(k, o, i)), {}),
+        "weighted_grad": lambda: ((*pair(), draw(k * n, 2)), {}),
+        "second_moment": lambda: (pair(), {}),
+        "softmax_hvp": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t)}),
+    }
+    if name not in recipes:
+        raise ValueError(f"make_inputs: no recipe for {name!r}; add one beside those for {', '.join(recipes)}")
+    args, kwargs = recipes[name]()
+    if "out" in inspect.signature(dispatch.OPS[name].reference).parameters:
+        with torch.no_grad():
+            shape = dispatch.OPS[name].reference(*args, **kwargs).shape
+        kwargs["out"] = torch.full(shape, math.nan, dtype=wide, device=device)  # poisoned: every element must be written
+    return args, kwargs
