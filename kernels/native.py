@@ -38,3 +38,22 @@ def missing(device: str) -> str | None:
     if device == "cuda" and not torch.cuda.is_available():
         return "compiled, but torch sees no CUDA device"
     return None
+
+
+# C++ kernels for the CPU ----------------------------------------------------------------------------------------------
+
+
+def cpu_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
+    return "not implemented yet"
+
+
+def cpu_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto"):
+    raise NotImplementedError
+
+
+def cpu_sample_norms_squared_supports(a, g, *, precision="auto") -> str | None:
+    return "not implemented yet"
+
+
+def cpu_sample_norms_squared(a, g, *, precision="auto"):
+    raise NotImplementedError
