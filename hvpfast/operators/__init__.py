@@ -1,1 +1,6 @@
+"""Curvature matrices as linear operators."""
 
+from hvpfast.operators.fisher import EmpiricalFisher
+from hvpfast.operators.ggn import GGN
+from hvpfast.operators.hessian import Hessian
+from hvpfast.operators.linear import Identity, LinearOperator

@@ -1,0 +1,113 @@
+"""The model's state is after a call what it was before it, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from hvpfast.capture.errors import StateError
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Within the block the model may be run and differentiated; after it everything is as it was.
+
+    Restored, also after an exception: train/eval of every submodule, buffers (values and identity), `.grad`,
+    `requires_grad`, and the random state of the CPU and of the model's CUDA devices. Grad mode is on inside, also
+    under `torch.no_grad()` or `torch.inference_mode()`.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, tensor, None if tensor is None else tensor.detach().clone())
+        for module in model.modules()
+        for name, tensor in module._buffers.items()
+    ]
+    leaves = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    devices = sorted({p.device.index for p, _, _ in leaves if p.device.type == "cuda"})
+    random, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, name, tensor, values in buffers:
+                module._buffers[name] = tensor
+                if tensor is not None:
+                    _write_back(tensor, values)
+        for p, grad, requires_grad in leaves:
+            if p.grad is not grad:
+                p.grad = grad
+            if p.requires_grad != requires_grad:
+                p.requires_grad_(requires_grad)
+        torch.set_rng_state(random)
+        for device, state in zip(devices, cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+def _write_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Put the saved values back only where they changed: writing bumps a version that saved graphs look at."""
+    if tensor.shape != values.shape or not _same(tensor, values):
+        tensor.resize_(values.shape).copy_(values)
+
+
+def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Bitwise-equal up to NaN payloads: NaN equals NaN here."""
+    if x.dtype.is_floating_point:
+        return bool(torch.equal(x.nan_to_num(nan=0.5), y.nan_to_num(nan=0.5)) and torch.equal(x.isnan(), y.isnan()))
+    return torch.equal(x, y)
+
+
+@contextlib.contextmanager
+def twice_differentiable(model: nn.Module) -> Iterator[None]:
+    """Take implementations that can be differentiated twice: the math kernel of scaled dot-product attention, and
+    recurrent layers without their fused library calls, which have a first derivative only."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield
+
+
+def refuse_dropout(model: nn.Module, who: str) -> None:
+    """Raise StateError if a dropout layer is active, naming it."""
+    active = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if module.training
+        and (
+            (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
+            or (isinstance(module, nn.MultiheadAttention) and module.dropout > 0)
+            or (isinstance(module, nn.RNNBase) and module.dropout > 0 and module.num_layers > 1)
+        )
+    ]
+    if active:
+        raise StateError(
+            f"{who}: dropout is active in {_listed(active)}: every product would belong to another random network. "
+            f"Call model.eval(), or set p = 0"
+        )
+
+
+def refuse_batch_statistics(model: nn.Module, who: str) -> None:
+    """Raise StateError if a BatchNorm layer normalises by the batch's own statistics, naming it."""
+    active = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+    ]
+    if active:
+        raise StateError(
+            f"{who}: BatchNorm uses batch statistics in {_listed(active)}: one sample's output depends on the others, "
+            f"so there are no per-sample quantities. Call model.eval() (or eval() of these layers), with "
+            f"track_running_stats=True"
+        )
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"

@@ -1,0 +1,140 @@
+"""What Hessian, GGN and Fisher share: sums over batches, with each batch's linearisation kept where it fits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hvpfast.capture.data import Batch, tensors_in
+from hvpfast.capture.errors import StateError
+from hvpfast.capture.problem import Evaluated, Problem
+from hvpfast.capture.state import preserved, twice_differentiable
+from hvpfast.operators.linear import LinearOperator, chunks
+
+# Memory for kept linearisations; beyond it a product reads the data and runs the model again, batch by batch.
+CACHE_BYTES = int(os.environ.get("HVPFAST_CACHE_BYTES", 2 << 30))
+_COLUMN_BYTES = 1 << 29  # memory that the columns pushed together through one graph may take
+_MOST_COLUMNS = 64
+
+
+class Piece(Protocol):
+    """One batch, linearised: products of its share of the matrix, before the division by the total weight."""
+
+    reached: list[bool]  # which parameters the batch's loss depends on
+
+    def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
+        """One (K, *shape) a parameter -> the same form, None for zeros."""
+
+    def bytes(self) -> int:
+        """Memory that keeping the piece holds."""
+
+
+class Curvature(LinearOperator):
+    """A curvature matrix of a model's loss over data: `sum_b D_b C_b / sum_b D_b` for a mean, `sum_b C_b` for a sum."""
+
+    _per_sample = True
+
+    def __init__(self, model: nn.Module, loss: object, data: object, params: object = None):
+        self.problem = Problem(model, loss, data, params, type(self).__name__, self._per_sample)
+        super().__init__(self.problem.space, self.problem.params)
+        self._kept: list[tuple[Piece, Batch, float]] | None = None
+        self._state: tuple | None = None
+        self._keeps, self._verified, self._scale = True, False, 1.0
+
+    def _linearised(self, evaluated: Evaluated) -> Piece:
+        """The piece of one batch."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Drop what is kept between products (graphs, activations); the next product builds it anew."""
+        self._kept, self._state = None, None
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        parts = self.space.split(rows)
+        total = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
+        views = [view.view(len(rows), *s) for view, s in zip(total.split(self.space.sizes, 1), self.space.shapes, strict=True)]
+        if not bool(torch.isfinite(rows).all()):
+            raise ValueError(f"{type(self).__name__} @ v: the vector holds NaN or inf")
+        weights, unreached = [], set(self.space.names)
+        for piece, batch, weight in self._pieces():
+            for columns in chunks(len(rows), self._width(piece)):
+                results = self._product(piece, [part[columns] for part in parts], batch)
+                self.problem.check_finite(results, batch, "product")
+                for view, result in zip(views, results, strict=True):
+                    if result is not None:
+                        view[columns].add_(result, alpha=weight)
+            weights.append(weight)
+            unreached -= {name for name, reached in zip(self.space.names, piece.reached, strict=True) if reached}
+        if unreached:
+            raise ValueError(
+                f"{type(self).__name__}: no data reach parameter {sorted(unreached)[0]!r}"
+                + (f" (and {len(unreached) - 1} more)" if len(unreached) > 1 else "")
+                + ": the loss does not depend on it, in any batch; leave it out with params="
+            )
+        self._scale = self.problem.batches_total(weights)
+        return total if self._scale == 1 else total.div_(self._scale)
+
+    def _product(self, piece: Piece, parts: list[Tensor], batch: Batch) -> list[Tensor | None]:
+        try:
+            return piece.product(parts)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise StateError(
+                    f"{type(self).__name__}: batch {batch.index}: an activation that the derivative needs was changed in "
+                    f"place after it was used; replace the in-place operation in the model's forward. ({error})"
+                ) from error
+            raise
+
+    def _pieces(self) -> Iterator[tuple[Piece, Batch, float]]:
+        """Every batch's piece and weight: the kept ones if they are still those of the model and the data as they are."""
+        self.problem.check_state()
+        state = self._model_state()
+        if self._kept is not None and state == self._state:
+            if not self._verified:  # a loader's second pass: does it give the same batches again?
+                with preserved(self.problem.model):
+                    for _ in self.problem.data:
+                        pass
+                self._verified = True
+            yield from self._kept
+            return
+        self._kept, self._state = None, state
+        kept: list[tuple[Piece, Batch, float]] = []
+        room = CACHE_BYTES if self._keeps else 0
+        with preserved(self.problem.model), twice_differentiable(self.problem.model):
+            for batch in self.problem.data:
+                evaluated = self.problem.evaluate(batch)
+                if evaluated.weight == 0:
+                    continue  # every target ignored: the batch is no part of the mean
+                piece = self._linearised(evaluated)
+                if room > 0:
+                    kept.append((piece, Batch(batch.index, batch.inputs, batch.target), evaluated.weight))
+                    room -= piece.bytes() + sum(x.numel() * x.element_size() for x in tensors_in(batch[1:]))
+                    if room <= 0:
+                        self._keeps, kept = False, []
+                yield piece, batch, evaluated.weight
+                del piece, evaluated
+        if self._keeps:
+            self._kept = kept
+            self._verified = self.problem.data.in_memory or self.problem.data.passes > 1
+
+    def _model_state(self) -> tuple:
+        """Changes whenever a parameter, a buffer, a submodule's mode, or in-memory data do."""
+        model = self.problem.model
+        parameters = [p.detach() for p in model.parameters()]
+        norms = torch.stack([x.float() for x in torch._foreach_norm(parameters)]).tolist() if parameters else []
+        data = [x._version for item in self.problem.data._source for x in tensors_in(item)] if self.problem.data.in_memory else []
+        return (
+            [(p.data_ptr(), p._version) for p in model.parameters()],
+            norms,  # catches writes through `.data`, which leave the version alone
+            [(b.data_ptr(), b._version) for b in model.buffers()],
+            [module.training for module in model.modules()],
+            data,
+        )
+
+    def _width(self, piece: Piece) -> int:
+        """How many columns go through one graph together."""
+        return max(1, min(_MOST_COLUMNS, _COLUMN_BYTES // max(1, piece.bytes())))
