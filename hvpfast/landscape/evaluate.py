@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from hvpfast.capture.data import Data, call, tensors_in
-from hvpfast.capture.losses import as_loss
+from hvpfast.capture.data import Data, batch_size, call, tensors_in
+from hvpfast.capture.losses import Loss, as_loss
 from hvpfast.capture.state import preserved, refuse_dropout
 
 KEEP_BYTES = 1 << 30  # a loader's batches are kept in memory up to this size
@@ -46,26 +46,30 @@ class DataLoss:
         first = None
         for index, inputs, target in self._batches:
             output = run(inputs)
+            if type(self.loss) is not Loss and hasattr(output, "logits"):  # as the operators read Hugging Face outputs
+                output = output.logits
             value = float(self.loss(output, target))
             if index == 0:
-                first = output, target, value
+                first = inputs, output, target, value
                 continue
             if first is not None:  # only now do batches need a weight
-                parts.append((first[2], self._weight(first[0], first[1])))
+                parts.append((first[3], self._weight(*first[:3])))
                 first = None
-            parts.append((value, self._weight(output, target)))
+            parts.append((value, self._weight(inputs, output, target)))
         if not parts:
-            return first[2]
+            return first[3]
         if self.loss.reduction == "sum":
             return sum(value for value, _ in parts)
         parts = [(value, weight) for value, weight in parts if weight > 0]  # no target counts in the others
         total = sum(weight for _, weight in parts)
         return sum(value * weight for value, weight in parts) / total if total else float("nan")
 
-    def _weight(self, output: object, target: object) -> float:
+    def _weight(self, inputs: object, output: object, target: object) -> float:
         if self.loss.settle(output, target) == "sum":
             return 1.0
-        return float(self.loss.denominators(output, target).sum())
+        if isinstance(output, Tensor) and output.dim():
+            return float(self.loss.denominators(output, target).sum())
+        return float(batch_size(inputs))
 
 
 @contextlib.contextmanager

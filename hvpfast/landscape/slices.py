@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hvpfast.capture.problem import chosen_parameters
 from hvpfast.landscape.directions import NORMALISATIONS, Direction, flat, named, normalised, random_pair
 from hvpfast.landscape.evaluate import DataLoss, evaluating
 
@@ -109,6 +110,7 @@ def line(
     data: object,
     direction: Direction | None = None,
     *,
+    params: object = None,
     normalise: str | None = None,
     extent: float | tuple[float, float] = 1.0,
     steps: int = 51,
@@ -120,14 +122,14 @@ def line(
     The second derivative at 0 is d'Hd. The model is left as it was, whatever happens.
 
     Args:
-        model, loss, data: as for `hvpfast.Hessian`; parameters with `requires_grad` are moved.
+        model, loss, data, params: as for `hvpfast.Hessian`; these parameters are moved.
         direction: flat (P,), tensors by name, or a sequence of tensors; None draws one at random.
         normalise, extent, steps, seed, progress: as for `plane`.
 
     Returns:
         Line. Raises what `plane` raises.
     """
-    params = _params(model, "line")
+    params = _params(model, params, "line")
     scale = _scale(normalise, direction is None)
     if direction is None:
         d = random_pair(params, scale, seed, count=1)[0]
@@ -146,6 +148,7 @@ def plane(
     loss: object,
     data: object,
     *,
+    params: object = None,
     directions: tuple[Direction, Direction] | None = None,
     normalise: str | None = None,
     extent: float | tuple[float, float] = 1.0,
@@ -159,7 +162,7 @@ def plane(
     and `.grad` are as before, also after an exception. Cells whose loss is not finite become NaN, with one warning.
 
     Args:
-        model, loss, data: as for `hvpfast.Hessian`; parameters with `requires_grad` are moved.
+        model, loss, data, params: as for `hvpfast.Hessian`; these parameters are moved.
         directions: two directions, each a flat (P,) tensor (an eigenvector, say), tensors by name, or a sequence of
             tensors; they are not made orthogonal. None: random, orthogonal ones.
         normalise: "filter" (default for random directions), "layer", "global" or "none" (default for given ones); see
@@ -175,7 +178,7 @@ def plane(
         ValueError: a direction or a grid that does not fit. FloatingPointError: the loss at (0, 0) is not finite.
         hvpfast.capture.errors.StateError: dropout is active, or a large loader gives other batches in every pass.
     """
-    params = _params(model, "plane")
+    params = _params(model, params, "plane")
     scale = _scale(normalise, directions is None)
     if directions is None:
         d1, d2 = random_pair(params, scale, seed)
@@ -200,11 +203,8 @@ def plane(
     return Plane(alphas, alphas.copy(), losses, flat(d1), flat(d2), centre, scale, seed if directions is None else None)
 
 
-def _params(model: nn.Module, who: str) -> dict[str, Tensor]:
-    found = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
-        raise ValueError(f"{who}: the model has no parameter with requires_grad, so there is nothing to move")
-    return found
+def _params(model: nn.Module, params: object, who: str) -> dict[str, Tensor]:
+    return {name: p.detach() for name, p in chosen_parameters(model, params, who).items()}
 
 
 def _scale(normalise: str | None, drawn: bool) -> str:
@@ -234,7 +234,7 @@ def _centre(total: DataLoss, who: str) -> float:
     value = total.here()
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"{who}: the loss at the model's own parameters is {value}; check the data and the parameters for NaN or inf"
+            f"{who}: the loss at the model's own parameters is {value}; check data and parameters for NaN or inf"
         )
     return value
 

@@ -215,7 +215,7 @@ def test_bad_arguments_say_what_to_do():
     with pytest.raises(StateError, match="dropout"):
         plane(nn.Sequential(model, nn.Dropout(0.5)), loss, data)
     frozen = mlp().requires_grad_(False)
-    with pytest.raises(ValueError, match="requires_grad"):
+    with pytest.raises(ValueError, match="requires grad"):
         plane(frozen, loss, data)
 
 
@@ -224,6 +224,7 @@ def test_frozen_tied_and_saved(tmp_path):
     model[0].requires_grad_(False)
     found = plane(model, nn.CrossEntropyLoss(), data, steps=3, progress=lambda cells: cells)
     assert found.d1.numel() == 27
+    assert plane(mlp(), nn.CrossEntropyLoss(), data, params=["2.weight"], steps=3).d1.numel() == 24
     tied = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
     tied[2].weight = tied[0].weight
     x, y = torch.randn(5, 4).double(), torch.randint(0, 4, (5,))
