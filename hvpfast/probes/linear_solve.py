@@ -30,7 +30,7 @@ def solve(
     resumed from it for as long as that helps: rounding makes the recurrence optimistic.
 
     Args:
-        A: symmetric (n, n). b: (n,) or (n, K), on A's device.
+        A: symmetric (n, n). b: (n,) or (n, K), moved to A's device, where x lies too.
         damping: added to the diagonal.
         tol: on ||b - (A + damping I) x|| / ||b||, each column. In float32, values under about eps * condition number
             cannot be reached.
@@ -43,7 +43,7 @@ def solve(
 
     Raises:
         ValueError: a search direction p with p'(A + damping I)p <= 0 (CG has no answer there; the message says the
-        damping that would do for it), a preconditioner that is not positive, shapes or devices that do not fit.
+        damping that would do for it), a preconditioner that is not positive, shapes that do not fit.
         FloatingPointError: NaN or inf in a product.
     """
     product = Product(A, "solve")
