@@ -4,5 +4,20 @@ from hvpfast import dispatch, ops, testing
 from hvpfast.capture import NonFiniteError, StateError
 from hvpfast.dispatch import BackendError, backend, backends, precision
 from hvpfast.operators import GGN, EmpiricalFisher, Hessian, Identity, LinearOperator
+from hvpfast.probes import (
+    Density,
+    Eigs,
+    Estimate,
+    Inertia,
+    Solution,
+    density,
+    diagonal,
+    eigsh,
+    frobenius_norm,
+    inertia,
+    logdet,
+    solve,
+    trace,
+)
 
 __version__ = "0.1.0"

@@ -37,7 +37,9 @@ def _floats(name: str, **tensors: Tensor) -> None:
         if first is None:
             first = label, x.dtype, x.device
         elif x.dtype != first[1]:
-            raise TypeError(f"{name}: {first[0]} is {first[1]} but {label} is {x.dtype}; convert one to the other's dtype")
+            raise TypeError(
+                f"{name}: {first[0]} is {first[1]} but {label} is {x.dtype}; convert one to the other's dtype"
+            )
         elif x.device != first[2]:
             raise ValueError(f"{name}: {first[0]} is on {first[2]} but {label} is on {x.device}; move one of them")
 
@@ -232,7 +234,9 @@ def _check_weighted_grad(a, g, c):
     _pair("weighted_grad", a, g)
     _floats("weighted_grad", a=a, c=c)
     if c.dim() not in (1, 2) or c.shape[0] != g.shape[0]:
-        raise ValueError(f"weighted_grad: c has shape {tuple(c.shape)}; it must be (M,) or (M, K) with M = {g.shape[0]}")
+        raise ValueError(
+            f"weighted_grad: c has shape {tuple(c.shape)}; it must be (M,) or (M, K) with M = {g.shape[0]}"
+        )
 
 
 @op(check=_check_weighted_grad)

@@ -92,18 +92,15 @@ class Space:
                 raise TypeError(f"{who}: the list holds a {type(part).__name__}; every entry must be a tensor")
             self._fits(part, who)
         parts = [part.detach() for part in parts]
-        single = all(tuple(p.shape) == shape for p, shape in zip(parts, self.shapes, strict=True))
-        if not single:
-            k = parts[0].shape[-1] if parts[0].dim() else 0
-            for name, part, shape in zip(self.names, parts, self.shapes, strict=True):
-                if tuple(part.shape) != (*shape, k):
-                    raise ValueError(
-                        f"{who}: the tensor for {name!r} has shape {tuple(part.shape)}; it must be {shape}, or "
-                        f"{(*shape, 'K')} for K columns"
-                    )
-            parts = [part.movedim(-1, 0) for part in parts]
-        else:
-            k, parts = 1, [part.unsqueeze(0) for part in parts]
+        single = parts[0].dim() == len(self.shapes[0])
+        k = 1 if single else parts[0].shape[-1]
+        for name, part, shape in zip(self.names, parts, self.shapes, strict=True):
+            if tuple(part.shape) != (shape if single else (*shape, k)):
+                raise ValueError(
+                    f"{who}: the tensor for {name!r} has shape {tuple(part.shape)}; it must be {shape}, or, as all others, "
+                    f"{(*shape, 'K')} for K columns"
+                )
+        parts = [part.unsqueeze(0) if single else part.movedim(-1, 0) for part in parts]
         dtype = parts[0].dtype
         for part in parts[1:]:
             dtype = torch.promote_types(dtype, part.dtype)

@@ -58,7 +58,9 @@ def assert_accurate(
         raise AssertionError(f"got {actual.dtype}, the reference gives {working.dtype}")
     extra = STATED_BOUND.get(precision, 0.0) if dtype is torch.float32 else 0.0
     floor = allowance * torch.finfo(working.dtype).eps + extra
-    for measure, got, own in zip(("Frobenius", "largest element"), error(actual, truth), error(working, truth), strict=True):
+    for measure, got, own in zip(
+        ("Frobenius", "largest element"), error(actual, truth), error(working, truth), strict=True
+    ):
         if not got <= 3 * own + floor:
             raise AssertionError(
                 f"relative error ({measure}) {got:.3e} exceeds 3 x {own:.3e} (the reference's own in {dtype}) + {floor:.1e}"
@@ -136,5 +138,7 @@ def make_inputs(
     if "out" in inspect.signature(dispatch.OPS[name].reference).parameters:
         with torch.no_grad():
             shape = dispatch.OPS[name].reference(*args, **kwargs).shape
-        kwargs["out"] = torch.full(shape, math.nan, dtype=wide, device=device)  # poisoned: every element must be written
+        kwargs["out"] = torch.full(
+            shape, math.nan, dtype=wide, device=device
+        )  # poisoned: every element must be written
     return args, kwargs

@@ -62,12 +62,16 @@ class Data:
         self.passes = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches in order. From the second pass over a loader on, each is compared with what the first pass saw.
+        """Batches in order. From the second pass over a loader on, each is compared with what the first pass saw, under
+        another random state: iterate within `state.preserved`.
 
         Raises:
             StateError: another order or other values than in the first pass. ValueError: no batch at all.
         """
         prints: list[tuple] = []
+        if not self.in_memory and self._prints is not None:
+            # The caller puts the random state back after every pass, which would hide a loader that draws.
+            torch.default_generator.manual_seed(self.passes)
         for index, item in enumerate(self._source):
             if not _is_pair(item):
                 raise TypeError(f"{self.who}: batch {index} is {_described(item)}; it must be an (X, y) pair")
@@ -83,6 +87,10 @@ class Data:
                 raise StateError(self._changed(len(prints)))
             self._prints = prints
         self.passes += 1
+
+    def versions(self) -> list[int]:
+        """Version counters of in-memory data: they differ after a tensor was written to."""
+        return [x._version for item in self._source for x in tensors_in(item)] if self.in_memory else []
 
     def _changed(self, index: int) -> str:
         samplers = (getattr(self._source, "sampler", None), getattr(self._source, "batch_sampler", None))

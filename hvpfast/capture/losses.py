@@ -274,7 +274,14 @@ class BinaryCrossEntropy(Loss):
 
 # Reading the user's loss ---------------------------------------------------------------------------------------------
 
-_ELEMENTWISE = (F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.poisson_nll_loss, F.soft_margin_loss)
+_ELEMENTWISE = (
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.poisson_nll_loss,
+    F.soft_margin_loss,
+)
 _ELEMENTWISE_MODULES = (nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.PoissonNLLLoss, nn.SoftMarginLoss)
 _ALL_MODULES = (nn.CrossEntropyLoss, nn.MSELoss, nn.BCEWithLogitsLoss, nn.NLLLoss, *_ELEMENTWISE_MODULES)
 
@@ -353,9 +360,12 @@ def _options(loss: object) -> dict | None:
     """The options of a known torch loss, by name, with what a partial fixed; None for any other callable."""
     keywords: dict = {}
     if isinstance(loss, functools.partial):
-        if loss.args or loss.func not in (F.cross_entropy, F.mse_loss, F.binary_cross_entropy_with_logits, F.nll_loss) + (
-            _ELEMENTWISE
-        ):
+        if loss.args or loss.func not in (
+            F.cross_entropy,
+            F.mse_loss,
+            F.binary_cross_entropy_with_logits,
+            F.nll_loss,
+        ) + (_ELEMENTWISE):
             return None
         keywords, loss = loss.keywords, loss.func
     if isinstance(loss, _ALL_MODULES):

@@ -64,16 +64,19 @@ class Problem:
             raise ValueError(f"{self.who}: batch {batch.index} holds no samples")
         output = self._run(batch)
         value = self.loss(output, batch.target)
+        weight = self._weight(batch, output)
+        if weight == 0:  # every target ignored: 0 / 0 on its own, and no part of the mean over all batches
+            return Evaluated(batch, output, value, weight)
         if not bool(torch.isfinite(value.detach())):
             raise NonFiniteError(
-                f"{self.who}: batch {batch.index}: the loss is {float(value)}: {self._blame(batch, output)}"
+                f"{self.who}: batch {batch.index}: the loss is {float(value.detach())}: {self._blame(batch, output)}"
             )
         if not value.requires_grad:
             raise ValueError(
                 f"{self.who}: the loss needs no grad: the model's output does not depend on any parameter through autograd "
                 f"(is its forward under torch.no_grad(), or does it detach?)"
             )
-        return Evaluated(batch, output, value, self._weight(batch, output))
+        return Evaluated(batch, output, value, weight)
 
     def output_tensor(self, output: object) -> Tensor:
         """The output, which must be one tensor with a batch axis that autograd can see."""
@@ -200,7 +203,9 @@ def chosen_parameters(model: nn.Module, params: object, who: str) -> dict[str, T
                 )
             label = label if label in names and names[label] is item else first[id(item)]
             if not item.requires_grad:
-                raise ValueError(f"{who}: params names {label!r}, which is frozen (requires_grad=False); unfreeze it first")
+                raise ValueError(
+                    f"{who}: params names {label!r}, which is frozen (requires_grad=False); unfreeze it first"
+                )
             if any(item is other for other in chosen.values()):
                 raise ValueError(f"{who}: params holds {label!r} twice (tied weights are one parameter)")
             chosen[label] = item
@@ -208,7 +213,9 @@ def chosen_parameters(model: nn.Module, params: object, who: str) -> dict[str, T
             raise ValueError(f"{who}: params is empty; leave it at None for every parameter that requires grad")
     for name, p in chosen.items():
         if not p.dtype.is_floating_point:
-            raise TypeError(f"{who}: parameter {name!r} is {p.dtype}; only real floating parameters have curvature here")
+            raise TypeError(
+                f"{who}: parameter {name!r} is {p.dtype}; only real floating parameters have curvature here"
+            )
     devices: dict = {}
     for name, p in (*model.named_parameters(), *chosen.items()):
         devices.setdefault(p.device, name)

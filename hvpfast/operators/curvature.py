@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.capture.data import Batch, tensors_in
-from hvpfast.capture.errors import StateError
+from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.problem import Evaluated, Problem
 from hvpfast.capture.state import preserved, twice_differentiable
 from hvpfast.operators.linear import LinearOperator, chunks
@@ -54,21 +55,31 @@ class Curvature(LinearOperator):
         self._kept, self._state = None, None
 
     def _rows(self, rows: Tensor) -> Tensor:
+        with torch.inference_mode(False):  # tensors made in inference mode cannot enter a graph
+            return self._sum_over_batches(rows.clone() if rows.is_inference() else rows)
+
+    def _sum_over_batches(self, rows: Tensor) -> Tensor:
         parts = self.space.split(rows)
         total = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
-        views = [view.view(len(rows), *s) for view, s in zip(total.split(self.space.sizes, 1), self.space.shapes, strict=True)]
+        split = zip(total.split(self.space.sizes, 1), self.space.shapes, strict=True)
+        views = [view.view(len(rows), *shape) for view, shape in split]
         if not bool(torch.isfinite(rows).all()):
             raise ValueError(f"{type(self).__name__} @ v: the vector holds NaN or inf")
         weights, unreached = [], set(self.space.names)
-        for piece, batch, weight in self._pieces():
-            for columns in chunks(len(rows), self._width(piece)):
-                results = self._product(piece, [part[columns] for part in parts], batch)
-                self.problem.check_finite(results, batch, "product")
-                for view, result in zip(views, results, strict=True):
-                    if result is not None:
-                        view[columns].add_(result, alpha=weight)
-            weights.append(weight)
-            unreached -= {name for name, reached in zip(self.space.names, piece.reached, strict=True) if reached}
+        with contextlib.closing(self._pieces()) as pieces:  # closed, so restored, before an error leaves this call
+            for piece, batch, weight in pieces:
+                for columns in chunks(len(rows), self._width(piece)):
+                    results = self._product(piece, [part[columns] for part in parts], batch)
+                    self.problem.check_finite(results, batch, "product")
+                    for view, result in zip(views, results, strict=True):
+                        if result is not None:
+                            view[columns].add_(result, alpha=weight)
+                weights.append(weight)
+                unreached -= {name for name, reached in zip(self.space.names, piece.reached, strict=True) if reached}
+        if not weights:
+            raise NonFiniteError(
+                f"{type(self).__name__}: every target of every batch is ignored: the mean loss is 0 / 0"
+            )
         if unreached:
             raise ValueError(
                 f"{type(self).__name__}: no data reach parameter {sorted(unreached)[0]!r}"
@@ -103,6 +114,7 @@ class Curvature(LinearOperator):
             return
         self._kept, self._state = None, state
         kept: list[tuple[Piece, Batch, float]] = []
+        self._keeps = self._keeps and CACHE_BYTES > 0
         room = CACHE_BYTES if self._keeps else 0
         with preserved(self.problem.model), twice_differentiable(self.problem.model):
             for batch in self.problem.data:
@@ -111,7 +123,7 @@ class Curvature(LinearOperator):
                     continue  # every target ignored: the batch is no part of the mean
                 piece = self._linearised(evaluated)
                 if room > 0:
-                    kept.append((piece, Batch(batch.index, batch.inputs, batch.target), evaluated.weight))
+                    kept.append((piece, batch, evaluated.weight))
                     room -= piece.bytes() + sum(x.numel() * x.element_size() for x in tensors_in(batch[1:]))
                     if room <= 0:
                         self._keeps, kept = False, []
@@ -126,13 +138,12 @@ class Curvature(LinearOperator):
         model = self.problem.model
         parameters = [p.detach() for p in model.parameters()]
         norms = torch.stack([x.float() for x in torch._foreach_norm(parameters)]).tolist() if parameters else []
-        data = [x._version for item in self.problem.data._source for x in tensors_in(item)] if self.problem.data.in_memory else []
         return (
             [(p.data_ptr(), p._version) for p in model.parameters()],
             norms,  # catches writes through `.data`, which leave the version alone
             [(b.data_ptr(), b._version) for b in model.buffers()],
             [module.training for module in model.modules()],
-            data,
+            self.problem.data.versions(),
         )
 
     def _width(self, piece: Piece) -> int:

@@ -31,7 +31,9 @@ class Derivative:
         if k > 1 and self.batched:
             try:
                 with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message=".*performance drop because we have not yet implemented.*")
+                    warnings.filterwarnings(
+                        "ignore", message=".*performance drop because we have not yet implemented.*"
+                    )
                     return list(self._grad(vectors, is_grads_batched=True))
             except RuntimeError as error:
                 if "inplace operation" in str(error) or "second time" in str(error):
