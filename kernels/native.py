@@ -42,13 +42,50 @@ def missing(device: str) -> str | None:
 
 # C++ kernels for the CPU ----------------------------------------------------------------------------------------------
 
+_CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_CPU_PRECISIONS = {"auto": 0, "ieee": 1, "bf16x3": 2, "bf16": 3}
 
-def cpu_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
-    return "not implemented yet"
+
+def _cpu_rows(x: torch.Tensor) -> tuple[int, int, int, int, int, int] | None:
+    """x (..., I) as rows: (outer, inner, I, outer stride, inner stride, feature stride); None: more than two levels."""
+    cols = x.shape[-1]
+    if x.is_contiguous():
+        return 1, x.numel() // cols if cols else x.shape[:-1].numel(), cols, 0, cols, 1
+    levels: list[list[int]] = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 0:
+            return 1, 0, cols, 0, 0, 1
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = [levels[-1][0] * size, stride]
+        else:
+            levels.append([size, stride])
+    if len(levels) > 2:
+        return None
+    (outer, outer_stride), (inner, inner_stride) = ([[1, 0], [1, 0]] + levels)[-2:]
+    return outer, inner, cols, outer_stride, inner_stride, x.stride(-1)
 
 
 def cpu_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto"):
-    raise NotImplementedError
+    width = x.shape[-1] + ones_column
+    if out is None:
+        out = x.new_empty((width, width), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
+    rows = _cpu_rows(x)
+    if rows is None:  # the reference's reshape copies here too
+        x = x.contiguous()
+        rows = _cpu_rows(x)
+    _modules["cpu"].gram(
+        x.data_ptr(), _CPU_DTYPES[x.dtype], *rows, ones_column, alpha, beta,
+        out.data_ptr(), *out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def cpu_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
+    if x.dtype not in _CPU_DTYPES:
+        return f"x is {x.dtype}; the kernel reads float64, float32, bfloat16 and float16"
+    return None
 
 
 def cpu_sample_norms_squared_supports(a, g, *, precision="auto") -> str | None:

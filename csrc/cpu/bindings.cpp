@@ -1,7 +1,9 @@
 // The Python module hvpfast.kernels._cpu: arguments are addresses and integers, checked by the launchers in native.py.
 #include <pybind11/pybind11.h>
 
+#include "kernels.hpp"
 #include "tiers.hpp"
+#include "workspace.hpp"
 
 namespace py = pybind11;
 using namespace hvpfast;
@@ -21,5 +23,15 @@ PYBIND11_MODULE(_cpu, m) {
         if (name.is_none()) release_tier();
         else force_tier(tier_from_name(py::cast<std::string>(name)));
     }, py::arg("name"), "Use one tier from now on; None gives the choice back.");
+    m.def("allow_threads", [](bool allowed) { threads_allowed = allowed; }, "Whether OpenMP's threads may be used.");
+    m.def("gram", [](uintptr_t x, int dtype, int64_t outer, int64_t inner, int64_t cols, int64_t outer_stride,
+                     int64_t inner_stride, int64_t col_stride, bool ones, double alpha, double beta, uintptr_t out,
+                     int64_t row_stride, int64_t out_col_stride, int precision, int threads) {
+        const Rows rows{reinterpret_cast<const void*>(x), Dtype(dtype), outer, inner, cols, outer_stride, inner_stride, col_stride};
+        const int64_t width = cols + ones;
+        py::gil_scoped_release release;
+        gram(rows, ones, alpha, beta, Out{reinterpret_cast<void*>(out), width, width, row_stride, out_col_stride},
+             Precision(precision), threads);
+    });
     tier_in_use();  // a tier forced by HVPFAST_CPU that cannot run fails the import, saying why
 }

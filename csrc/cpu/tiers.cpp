@@ -48,17 +48,17 @@ std::string avx512_missing() {
 std::string amx_missing() {
     std::string reason = avx512_missing();
     if (!reason.empty()) return reason;
+#if HVPFAST_AMX
     unsigned eax, ebx, ecx, edx;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & (1u << 24)) || !(edx & (1u << 22)))
         return "the CPU has no AMX tiles with bf16 products";
     if ((saved_states() & 0x60000) != 0x60000) return "the operating system does not save the AMX tiles";
-#if defined(__linux__)
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0)
         return "the kernel did not grant this process the AMX tile state";
     return "";
 #else
-    return "AMX is used on Linux only";
+    return "AMX kernels are built on Linux, with GCC 11 or Clang 12 or later";
 #endif
 }
 #endif

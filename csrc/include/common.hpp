@@ -10,6 +10,12 @@
 #define HVPFAST_X86 0
 #endif
 
+#if HVPFAST_X86 && defined(__linux__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define HVPFAST_AMX 1
+#else
+#define HVPFAST_AMX 0
+#endif
+
 #if defined(_MSC_VER)
 #define HVPFAST_INLINE static __forceinline
 #else

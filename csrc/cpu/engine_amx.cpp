@@ -1,0 +1,338 @@
+// The engine on AMX: bf16 tiles, float32 sums, 32 x 32 blocks of 2 x 2 tiles.
+//
+// Packed form: groups of 32 rows, [group][strip of 16 features][hi, lo][16][16] 32-bit lanes, each lane a pair of
+// neighbouring rows. A right operand's tile is [row pair][feature]; a left operand's is its transpose, [feature][row
+// pair]: one load and one split of x serve both. float32 data are split into hi + lo, two bf16 each, and multiplied as
+// hi hi' + hi lo' + lo hi'; what is left out, lo lo', matters on a Gram matrix's diagonal only, where packing sums it.
+#include "engine.hpp"
+#include "scalar.hpp"
+
+#if HVPFAST_AMX
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,amx-tile,amx-bf16"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: bug 105593
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,amx-tile,amx-bf16")
+#endif
+
+namespace hvpfast {
+namespace {
+#include "transpose512.hpp"
+
+constexpr int64_t kPanel = 32, kGroup = 32, kTile = 1024;  // features, rows, bytes
+
+void begin() {
+    alignas(64) struct {
+        uint8_t palette = 1, start_row = 0, reserved[14] = {};
+        uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    __asm__ volatile("" ::"m"(config) : "memory");
+    _tile_loadconfig(&config);
+}
+
+void end() { _tile_release(); }
+
+template <int PARTS>
+int64_t panel_bytes(int64_t k) { return ceil_div(k, kGroup) * 2 * PARTS * kTile; }
+
+struct Cursor {  // walks the rows of x
+    int64_t outer, inner;
+    Cursor(const Rows& x, int64_t row) : outer(x.inner ? row / x.inner : 0), inner(x.inner ? row % x.inner : 0) {}
+    int64_t next(const Rows& x) {
+        const int64_t offset = outer * x.outer_stride + inner * x.inner_stride;
+        if (++inner == x.inner) inner = 0, ++outer;
+        return offset;
+    }
+};
+
+struct Split {
+    __m512i largest;
+    __m512 low_squares;
+};
+
+// Two rows of 16 float32 features -> hi and lo tile rows.
+template <int PARTS>
+HVPFAST_INLINE void split_pair(__m512 x0, __m512 x1, Split& seen, __m512i& high, __m512i& low) {
+    const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(int(0xffff0000u));
+    const __m512i u0 = _mm512_castps_si512(x0), u1 = _mm512_castps_si512(x1);
+    seen.largest = _mm512_max_epu32(seen.largest, _mm512_add_epi32(u0, u0));
+    seen.largest = _mm512_max_epu32(seen.largest, _mm512_add_epi32(u1, u1));
+    const __m512i h0 = _mm512_and_si512(_mm512_add_epi32(u0, half), top);
+    const __m512i h1 = _mm512_and_si512(_mm512_add_epi32(u1, half), top);
+    high = _mm512_or_si512(_mm512_srli_epi32(h0, 16), h1);
+    if (PARTS == 2) {
+        const __m512 r0 = _mm512_sub_ps(x0, _mm512_castsi512_ps(h0)), r1 = _mm512_sub_ps(x1, _mm512_castsi512_ps(h1));
+        seen.low_squares = _mm512_fmadd_ps(r0, r0, seen.low_squares);
+        seen.low_squares = _mm512_fmadd_ps(r1, r1, seen.low_squares);
+        const __m512i l0 = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(r0), half), 16);
+        const __m512i l1 = _mm512_add_epi32(_mm512_castps_si512(r1), half);
+        low = _mm512_ternarylogic_epi32(l0, l1, top, 0xf8);  // l0 | (l1 & top)
+    }
+}
+
+HVPFAST_INLINE __m512 float_row(const Rows& x, int64_t offset, int n) {  // n features that lie side by side
+    const __mmask16 valid = __mmask16((1u << n) - 1);
+    if (x.dtype == Dtype::f32) return _mm512_maskz_loadu_ps(valid, static_cast<const float*>(x.data) + offset);
+    const __m256i bits = _mm256_maskz_loadu_epi16(valid, static_cast<const uint16_t*>(x.data) + offset);
+    if (x.dtype == Dtype::f16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
+HVPFAST_INLINE float element(const Rows& x, int64_t offset) {
+    if (x.dtype == Dtype::f32) return static_cast<const float*>(x.data)[offset];
+    const uint16_t bits = static_cast<const uint16_t*>(x.data)[offset];
+    return x.dtype == Dtype::bf16 ? bf16_to_float(bits) : f16_to_float(bits);
+}
+
+// 32 rows (of which `rows` are there) of 16 features (n there) as float32, for layouts without adjacent features.
+void gather(const Rows& x, const int64_t* offset, int rows, int64_t feature, int n, float (*held)[16]) {
+    for (int half = 0; half < 32; half += 16) {
+        bool run = x.dtype == Dtype::f32 && rows >= half + 16;
+        for (int r = half + 1; run && r < half + 16; ++r) run = offset[r] == offset[r - 1] + 1;
+        if (run) {
+            const float* p = static_cast<const float*>(x.data) + offset[half] + feature * x.col_stride;
+            __m512i lanes[16];
+#pragma GCC unroll 16
+            for (int j = 0; j < 16; ++j)
+                lanes[j] = j < n ? _mm512_loadu_si512(p + j * x.col_stride) : _mm512_setzero_si512();
+            transpose16(lanes);
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; ++r) _mm512_storeu_si512(held[half + r], lanes[r]);
+        } else {
+            for (int r = half; r < half + 16; ++r)
+                for (int j = 0; j < 16; ++j)
+                    held[r][j] = r < rows && j < n ? element(x, offset[r] + (feature + j) * x.col_stride) : 0.0f;
+        }
+    }
+}
+
+template <int PARTS>
+void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* left, void* right, PackStats* stats) {
+    const int64_t first = p * kPanel;
+    const int64_t features = least(kPanel, x.cols + ones - first);
+    const int strips = features > 16 ? 2 : 1;
+    char* a = static_cast<char*>(left);
+    char* b = static_cast<char*>(right);
+    Split seen[2];
+    for (Split& one : seen) one.largest = _mm512_setzero_si512(), one.low_squares = _mm512_setzero_ps();
+    Cursor cursor(x, row);
+    alignas(64) float held[32][16];
+    for (int64_t k0 = 0; k0 < k; k0 += kGroup) {
+        const int rows = int(least(kGroup, k - k0));
+        int64_t offset[32];
+        for (int r = 0; r < rows; ++r) offset[r] = cursor.next(x);
+        for (int s = 0; s < strips; ++s) {
+            const int n = int(most(0, least(16, x.cols - first - 16 * s)));
+            const int64_t feature = first + 16 * s;
+            __m512i high[16], low[16];
+            if (x.dtype == Dtype::bf16 && x.col_stride == 1 && !(ones && n < 16)) {
+                const uint16_t* base = static_cast<const uint16_t*>(x.data) + feature;
+                const __mmask16 valid = __mmask16((1u << n) - 1);
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; ++r) {
+                    const __m256i none = _mm256_setzero_si256();
+                    const __m256i even = 2 * r < rows ? _mm256_maskz_loadu_epi16(valid, base + offset[2 * r]) : none;
+                    const __m256i odd = 2 * r + 1 < rows ? _mm256_maskz_loadu_epi16(valid, base + offset[2 * r + 1]) : none;
+                    const __m512i low_half = _mm512_cvtepu16_epi32(even);
+                    const __m512i high_half = _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16);
+                    seen[s].largest = _mm512_max_epu32(seen[s].largest, _mm512_slli_epi32(low_half, 17));
+                    seen[s].largest = _mm512_max_epu32(seen[s].largest, _mm512_add_epi32(high_half, high_half));
+                    high[r] = _mm512_or_si512(low_half, high_half);
+                }
+            } else if (x.col_stride == 1 && rows == 32 && n == 16) {
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; ++r)
+                    split_pair<PARTS>(float_row(x, offset[2 * r] + feature, 16),
+                                      float_row(x, offset[2 * r + 1] + feature, 16), seen[s], high[r], low[r]);
+            } else {
+                if (x.col_stride == 1) {
+                    for (int r = 0; r < 32; ++r)
+                        _mm512_store_ps(held[r], r < rows ? float_row(x, offset[r] + feature, n) : _mm512_setzero_ps());
+                } else {
+                    gather(x, offset, rows, feature, n, held);
+                }
+                if (ones && n < 16 && x.cols - feature == n)
+                    for (int r = 0; r < rows; ++r) held[r][n] = 1.0f;
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; ++r)
+                    split_pair<PARTS>(_mm512_load_ps(held[2 * r]), _mm512_load_ps(held[2 * r + 1]), seen[s], high[r], low[r]);
+            }
+            const int64_t at = ((k0 / kGroup) * 2 + s) * PARTS * kTile;
+            if (b != nullptr) {
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; ++r) {
+                    _mm512_storeu_si512(b + at + r * 64, high[r]);
+                    if (PARTS == 2) _mm512_storeu_si512(b + at + kTile + r * 64, low[r]);
+                }
+            }
+            if (a != nullptr) {
+                transpose16(high);
+#pragma GCC unroll 16
+                for (int r = 0; r < 16; ++r) _mm512_storeu_si512(a + at + r * 64, high[r]);
+                if (PARTS == 2) {
+                    transpose16(low);
+#pragma GCC unroll 16
+                    for (int r = 0; r < 16; ++r) _mm512_storeu_si512(a + at + kTile + r * 64, low[r]);
+                }
+            }
+        }
+    }
+    if (stats != nullptr) {
+        const __m512i largest = _mm512_max_epu32(seen[0].largest, seen[1].largest);
+        const uint32_t bits = uint32_t(_mm512_reduce_max_epu32(largest)) >> 1;
+        stats->largest = bits > stats->largest ? bits : stats->largest;
+        if (PARTS == 2 && stats->low_squares != nullptr)
+            for (int s = 0; s < 2; ++s)
+                _mm512_storeu_ps(stats->low_squares + 16 * s,
+                                 _mm512_add_ps(_mm512_loadu_ps(stats->low_squares + 16 * s), seen[s].low_squares));
+    }
+    __asm__ volatile("" ::: "memory");
+}
+
+// 2 x 2 tiles over all groups: sums in tmm0-3, left strips in tmm4-5, right ones in tmm6-7. Loads stand between
+// products; each operand tile is loaded once a group.
+template <int PARTS>
+HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t groups, const char* fetch) {
+    constexpr int64_t kStep = 2 * PARTS * kTile;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t g = 0; g < groups; ++g, a += kStep, b += kStep) {
+        if (fetch != nullptr && g < 16) {
+#pragma GCC unroll 4
+            for (int line = 0; line < 4; ++line) _mm_prefetch(fetch + (g * 4 + line) * 64, _MM_HINT_T0);
+        }
+        if (PARTS == 1) {
+            _tile_loadd(6, b, 64);
+            _tile_loadd(4, a, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(7, b + kTile, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + kTile, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        } else {
+            _tile_loadd(6, b, 64);
+            _tile_loadd(4, a + kTile, 64);
+            _tile_dpbf16ps(0, 4, 6);  // lo hi'
+            _tile_loadd(7, b + 2 * kTile, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(5, a + 3 * kTile, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_loadd(4, a, 64);
+            _tile_dpbf16ps(3, 5, 7);
+            _tile_loadd(5, a + 2 * kTile, 64);
+            _tile_dpbf16ps(0, 4, 6);  // hi hi'
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_loadd(6, b + kTile, 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+            _tile_loadd(7, b + 3 * kTile, 64);
+            _tile_dpbf16ps(0, 4, 6);  // hi lo'
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+}
+
+template <int PARTS>
+HVPFAST_INLINE void sum_1x1(const char* a, const char* b, int64_t groups) {
+    constexpr int64_t kStep = 2 * PARTS * kTile;
+    _tile_zero(0);
+    for (int64_t g = 0; g < groups; ++g, a += kStep, b += kStep) {
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a, 64);
+        if (PARTS == 2) {
+            _tile_loadd(5, a + kTile, 64);
+            _tile_loadd(7, b + kTile, 64);
+            _tile_dpbf16ps(0, 5, 6);
+            _tile_dpbf16ps(0, 4, 7);
+        }
+        _tile_dpbf16ps(0, 4, 6);
+    }
+}
+
+template <int PARTS>
+double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t nj, int64_t k, bool upper, float* c,
+             const float* next) {
+    const char* a = static_cast<const char*>(left);
+    const char* b = static_cast<const char*>(right);
+    const int64_t groups = ceil_div(k, kGroup);
+    constexpr int64_t kStrip = PARTS * kTile, kRow = kPanel * 4;
+    alignas(64) float held[kPanel * kPanel];
+    float* sums = mode == Mode::store ? c : held;
+    __asm__ volatile("" ::: "memory");  // the tile intrinsics do not say that they read memory
+    if (ni > 16 && nj > 16 && !upper) {
+        sum_2x2<PARTS>(a, b, groups, reinterpret_cast<const char*>(next));
+        _tile_stored(0, sums, kRow);
+        _tile_stored(1, sums + 16, kRow);
+        _tile_stored(2, sums + 16 * kPanel, kRow);
+        _tile_stored(3, sums + 16 * kPanel + 16, kRow);
+    } else {
+        for (int i = 0; i < (ni > 16 ? 2 : 1); ++i)
+            for (int j = upper ? i : 0; j < (nj > 16 ? 2 : 1); ++j) {
+                sum_1x1<PARTS>(a + i * kStrip, b + j * kStrip, groups);
+                _tile_stored(0, sums + i * 16 * kPanel + j * 16, kRow);
+            }
+    }
+    __asm__ volatile("" ::: "memory");
+    if (mode == Mode::store) return 0;
+    const __mmask16 valid[2] = {__mmask16(nj >= 16 ? 0xffff : (1u << nj) - 1),
+                                __mmask16(nj >= 32 ? 0xffff : nj > 16 ? (1u << (nj - 16)) - 1 : 0)};
+    if (mode == Mode::sum_square || mode == Mode::dot) {
+        __m512d total = _mm512_setzero_pd();
+        for (int s = 0; s < 2 && valid[s]; ++s) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t r = 0; r < ni; ++r) {
+                const __m512 value = _mm512_maskz_loadu_ps(valid[s], held + r * kPanel + 16 * s);
+                const __m512 other = mode == Mode::dot ? _mm512_maskz_loadu_ps(valid[s], c + r * kPanel + 16 * s) : value;
+                sum = _mm512_fmadd_ps(value, other, sum);
+            }
+            total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
+            total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
+        }
+        return _mm512_reduce_add_pd(total);
+    }
+    for (int64_t r = 0; r < ni; ++r)
+        for (int s = upper && r >= 16 ? 1 : 0; s < (nj > 16 ? 2 : 1); ++s) {
+            float* at = c + r * kPanel + 16 * s;
+            const __m512 value = _mm512_load_ps(held + r * kPanel + 16 * s);
+            const __m512 before = _mm512_loadu_ps(at);
+            _mm512_storeu_ps(at, mode == Mode::add ? _mm512_add_ps(before, value) : _mm512_fmadd_ps(value, value, before));
+        }
+    return 0;
+}
+
+template <int PARTS>
+constexpr Engine<float> engine() {
+    return {kPanel, kGroup, false, Tier::amx, panel_bytes<PARTS>, pack<PARTS>, block<PARTS>, begin, end};
+}
+
+constexpr Engine<float> kOnce = engine<1>(), kThrice = engine<2>();
+
+}  // namespace
+
+const Engine<float>* engine_amx(Precision precision, Dtype dtype) {
+    if (dtype == Dtype::bf16) return &kOnce;  // bf16 products are exact
+    if (dtype == Dtype::f32 && precision == Precision::bf16x3) return &kThrice;
+    if (dtype == Dtype::f32 && precision == Precision::bf16) return &kOnce;
+    return nullptr;
+}
+
+}  // namespace hvpfast
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#else
+
+namespace hvpfast {
+const Engine<float>* engine_amx(Precision, Dtype) { return nullptr; }
+}  // namespace hvpfast
+
+#endif

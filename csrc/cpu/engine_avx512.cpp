@@ -1,0 +1,86 @@
+// The engine in AVX-512: 8 x 48 register tiles in float32 (24 of 32 registers), 8 x 24 in float64.
+#include "engine.hpp"
+#include "scalar.hpp"
+
+#if HVPFAST_X86
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: bug 105593
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+namespace hvpfast {
+#include "engine_body.hpp"
+#include "transpose512.hpp"
+namespace {
+
+struct Float512 {
+    using T = float;
+    using V = __m512;
+    static constexpr int W = 16, R = 8;
+    HVPFAST_INLINE V zero() { return _mm512_setzero_ps(); }
+    HVPFAST_INLINE V load(const T* p) { return _mm512_loadu_ps(p); }
+    HVPFAST_INLINE V broadcast(const T* p) { return _mm512_set1_ps(*p); }
+    HVPFAST_INLINE void store(T* p, V v) { _mm512_storeu_ps(p, v); }
+    HVPFAST_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    HVPFAST_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+    HVPFAST_INLINE double total(V v) {
+        const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+        const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+        return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+    }
+    HVPFAST_INLINE float from_bf16(uint16_t bits) { return bf16_to_float(bits); }
+    HVPFAST_INLINE float from_f16(uint16_t bits) { return f16_to_float(bits); }
+    HVPFAST_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
+    HVPFAST_INLINE V load_part(const T* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+    HVPFAST_INLINE V load_bf16(const uint16_t* p, int n) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    HVPFAST_INLINE V load_f16(const uint16_t* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
+    // 16 rows of n features that lie `stride` apart, rows adjacent in memory -> [16 rows][16 features].
+    HVPFAST_INLINE bool transpose(const T* p, int64_t stride, int n, T* dst) {
+        __m512i lanes[16];
+#pragma GCC unroll 16
+        for (int j = 0; j < 16; ++j)
+            lanes[j] = j < n ? _mm512_loadu_si512(p + j * stride) : _mm512_setzero_si512();
+        transpose16(lanes);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) _mm512_storeu_si512(dst + r * 16, lanes[r]);
+        return true;
+    }
+};
+
+struct Double512 {
+    using T = double;
+    using V = __m512d;
+    static constexpr int W = 8, R = 8;
+    HVPFAST_INLINE V zero() { return _mm512_setzero_pd(); }
+    HVPFAST_INLINE V load(const T* p) { return _mm512_loadu_pd(p); }
+    HVPFAST_INLINE V broadcast(const T* p) { return _mm512_set1_pd(*p); }
+    HVPFAST_INLINE void store(T* p, V v) { _mm512_storeu_pd(p, v); }
+    HVPFAST_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+    HVPFAST_INLINE V add(V a, V b) { return _mm512_add_pd(a, b); }
+    HVPFAST_INLINE double total(V v) { return _mm512_reduce_add_pd(v); }
+    HVPFAST_INLINE float from_bf16(uint16_t bits) { return bf16_to_float(bits); }
+    HVPFAST_INLINE float from_f16(uint16_t bits) { return f16_to_float(bits); }
+    HVPFAST_INLINE V load_part(const T* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+    HVPFAST_INLINE V load_bf16(const uint16_t*, int) { return zero(); }  // float64 engines read float64 only
+    HVPFAST_INLINE V load_f16(const uint16_t*, int) { return zero(); }
+    HVPFAST_INLINE bool transpose(const T*, int64_t, int, T*) { return false; }
+};
+
+}  // namespace
+
+Engine<float> engine_avx512_f32() { return Body<Float512>::engine(Tier::avx512); }
+Engine<double> engine_avx512_f64() { return Body<Double512>::engine(Tier::avx512); }
+
+}  // namespace hvpfast
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,168 @@
+// The engine's vector tiers, written once over a vector policy P and included by one file a tier, under that file's
+// instruction-set target. Everything here is in an unnamed namespace: code compiled for one target must not be
+// merged by the linker with another's. For the same reason nothing here uses a std:: template.
+//
+// Packed form: strips of W = one vector of features, [strip][k][W]. The register tile is R rows x 3 vectors: R
+// scalars of a left strip are broadcast against 3 strips at the right, so one packing serves both sides.
+
+namespace {
+
+template <class P>
+struct Body {
+    using T = typename P::T;
+    using V = typename P::V;
+    static constexpr int W = P::W, R = P::R;
+    static constexpr int64_t kPanel = 3 * W;
+
+    static int64_t strip_stride(int64_t k) { return k * W + 64 / int64_t(sizeof(T)); }  // one line off a power of two
+    static int64_t panel_bytes(int64_t k) { return 3 * strip_stride(k) * int64_t(sizeof(T)); }
+
+    template <int NJ>
+    HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c) {
+        V acc[R][NJ];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < NJ; ++j) acc[r][j] = P::zero();
+        for (int64_t kk = 0; kk < k; ++kk) {
+            V right[NJ];
+#pragma GCC unroll 4
+            for (int j = 0; j < NJ; ++j) right[j] = P::load(b + j * stride + kk * W);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const V left = P::broadcast(a + kk * W + r);
+#pragma GCC unroll 4
+                for (int j = 0; j < NJ; ++j) acc[r][j] = P::fma(left, right[j], acc[r][j]);
+            }
+        }
+        if (mode == Mode::sum_square) {
+            V sum = P::zero();
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int j = 0; j < NJ; ++j) sum = P::fma(acc[r][j], acc[r][j], sum);
+            return P::total(sum);
+        }
+        if (mode == Mode::dot) {
+            V sum = P::zero();
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+                for (int j = 0; j < NJ; ++j) sum = P::fma(acc[r][j], P::load(c + r * kPanel + j * W), sum);
+            return P::total(sum);
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int j = 0; j < NJ; ++j) {
+                T* at = c + r * kPanel + j * W;
+                V value = acc[r][j];
+                if (mode == Mode::add) value = P::add(P::load(at), value);
+                if (mode == Mode::add_square) value = P::fma(value, value, P::load(at));
+                P::store(at, value);
+            }
+        return 0;
+    }
+
+    static double tiles(int nj, Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c) {
+        if (nj == 3) return tile<3>(mode, a, b, k, stride, c);
+        if (nj == 2) return tile<2>(mode, a, b, k, stride, c);
+        return tile<1>(mode, a, b, k, stride, c);
+    }
+
+    // Sum over the valid part of an edge tile only: a zero feature times an inf would give NaN.
+    static double edge(Mode mode, const T* a, const T* b, int64_t rows, int64_t cols, int64_t k, int64_t stride,
+                       const T* c) {
+        alignas(64) T held[R * kPanel];
+        tiles(int(ceil_div(cols, W)), Mode::store, a, b, k, stride, held);
+        double sum = 0;
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t j = 0; j < cols; ++j) {
+                const T value = held[r * kPanel + j];
+                sum += double(value) * double(mode == Mode::dot ? c[r * kPanel + j] : value);
+            }
+        return sum;
+    }
+
+    static double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t nj, int64_t k, bool upper,
+                        T* c, const T*) {
+        const T* a = static_cast<const T*>(left);
+        const T* b = static_cast<const T*>(right);
+        const int64_t stride = strip_stride(k);
+        const bool sums = mode == Mode::sum_square || mode == Mode::dot;
+        double sum = 0;
+        for (int64_t i = 0; i < ni; i += R) {
+            const int64_t first = upper ? i / W : 0;  // strips left of the diagonal are not needed
+            if (first * W >= nj) break;
+            const T* rows = a + (i / W) * stride + i % W;
+            const T* cols = b + first * stride;
+            T* at = c == nullptr ? nullptr : c + i * kPanel + first * W;
+            const int64_t wide = nj - first * W;
+            if (sums && (i + R > ni || wide % W != 0))
+                sum += edge(mode, rows, cols, least(R, ni - i), wide, k, stride, at);
+            else
+                sum += tiles(int(ceil_div(wide, W)), mode, rows, cols, k, stride, at);
+        }
+        return sum;
+    }
+
+    HVPFAST_INLINE T element(const Rows& x, int64_t offset) {
+        switch (x.dtype) {
+            case Dtype::f32: return T(static_cast<const float*>(x.data)[offset]);
+            case Dtype::f64: return T(static_cast<const double*>(x.data)[offset]);
+            case Dtype::bf16: return T(P::from_bf16(static_cast<const uint16_t*>(x.data)[offset]));
+            default: return T(P::from_f16(static_cast<const uint16_t*>(x.data)[offset]));
+        }
+    }
+
+    HVPFAST_INLINE V loaded(const Rows& x, int64_t offset, int n) {  // n < W elements, zeros after them
+        switch (x.dtype) {
+            case Dtype::bf16: return P::load_bf16(static_cast<const uint16_t*>(x.data) + offset, n);
+            case Dtype::f16: return P::load_f16(static_cast<const uint16_t*>(x.data) + offset, n);
+            default: return P::load_part(static_cast<const T*>(x.data) + offset, n);
+        }
+    }
+
+    static void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* packed, void*, PackStats*) {
+        constexpr int kGroup = 16;
+        T* dst = static_cast<T*>(packed);
+        const int64_t stride = strip_stride(k), first = p * kPanel;
+        const int64_t cols = most(0, least(kPanel, x.cols - first));
+        const int strips = int(ceil_div(least(kPanel, x.cols + ones - first), W));
+        int64_t outer = x.inner ? row / x.inner : 0, inner = x.inner ? row % x.inner : 0;
+        for (int64_t k0 = 0; k0 < k; k0 += kGroup) {
+            const int group = int(least(kGroup, k - k0));
+            int64_t offset[kGroup];
+            bool run = x.inner_stride == 1;
+            for (int r = 0; r < group; ++r) {
+                offset[r] = outer * x.outer_stride + inner * x.inner_stride + first * x.col_stride;
+                if (r && offset[r] != offset[r - 1] + 1) run = false;
+                if (++inner == x.inner) inner = 0, ++outer;
+            }
+            for (int s = 0; s < strips; ++s) {
+                T* at = dst + s * stride + k0 * W;
+                const int n = int(most(0, least(W, cols - s * W)));
+                if (x.col_stride == 1 && n > 0) {
+                    for (int r = 0; r < group; ++r) P::store(at + r * W, loaded(x, offset[r] + s * W, n));
+                } else if (run && group == kGroup && x.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64) &&
+                           P::transpose(static_cast<const T*>(x.data) + offset[0] + s * W * x.col_stride, x.col_stride, n, at)) {
+                } else {
+                    for (int r = 0; r < group; ++r)
+                        for (int j = 0; j < W; ++j)
+                            at[r * W + j] = j < n ? element(x, offset[r] + (s * W + j) * x.col_stride) : T(0);
+                }
+                const int64_t one = x.cols - first - s * W;  // the lane of the column of ones
+                if (ones && one >= 0 && one < W)
+                    for (int r = 0; r < group; ++r) at[r * W + one] = T(1);
+            }
+        }
+    }
+
+    static void nothing() {}
+
+    static Engine<T> engine(Tier tier) {
+        return {kPanel, 1, true, tier, panel_bytes, pack, block, nothing, nothing};
+    }
+};
+
+}  // namespace

@@ -1,0 +1,35 @@
+// The vector engine of each tier. AMX has no full float32 products: its tier uses AVX-512's.
+#include "engine.hpp"
+
+namespace hvpfast {
+
+Engine<float> engine_portable_f32();
+Engine<double> engine_portable_f64();
+#if HVPFAST_X86
+Engine<float> engine_avx2_f32();
+Engine<double> engine_avx2_f64();
+Engine<float> engine_avx512_f32();
+Engine<double> engine_avx512_f64();
+#endif
+
+const Engine<float>& engine_f32(Tier tier) {
+#if HVPFAST_X86
+    static const Engine<float> engines[] = {engine_portable_f32(), engine_avx2_f32(), engine_avx512_f32()};
+    return engines[tier == Tier::amx ? 2 : int(tier)];
+#else
+    static const Engine<float> engine = engine_portable_f32();
+    return (void)tier, engine;
+#endif
+}
+
+const Engine<double>& engine_f64(Tier tier) {
+#if HVPFAST_X86
+    static const Engine<double> engines[] = {engine_portable_f64(), engine_avx2_f64(), engine_avx512_f64()};
+    return engines[tier == Tier::amx ? 2 : int(tier)];
+#else
+    static const Engine<double> engine = engine_portable_f64();
+    return (void)tier, engine;
+#endif
+}
+
+}  // namespace hvpfast

@@ -1,0 +1,49 @@
+// The tile engine: every kernel is packed panels, products of two panels, and an epilogue.
+//
+// A panel is `panel` neighbouring features of a matrix (its columns), k of its rows deep, packed so that the inner
+// loop reads it in order. `block` multiplies two panels over k, (panel x panel) = a' b, and disposes of the result as
+// `Mode` says. Sums start at zero in every call, so that a long sum is a sum of partial sums (7e-7 -> 1e-7 relative
+// error at N = 8192; 2-core AVX-512, 2026-11-21).
+#pragma once
+
+#include "common.hpp"
+
+namespace hvpfast {
+
+enum class Mode : int {
+    store,       // c = a'b
+    add,         // c += a'b
+    add_square,  // c += (a'b) o (a'b)
+    sum_square,  // returns sum (a'b) o (a'b); c unused
+    dot          // returns sum (a'b) o c
+};
+
+// What packing learns of the data; a reduced-precision kernel needs it to know whether its result stands.
+struct PackStats {
+    uint32_t largest = 0;          // bits of the largest |x|, as float32
+    float* low_squares = nullptr;  // per feature of the panel: sum of the squared low halves is added here (may be null)
+};
+
+template <class T>
+struct Engine {
+    int64_t panel;    // features a panel, and the row length of c
+    int64_t k_align;  // k is padded (with zeros) to a multiple of this when packed
+    bool one_form;    // a panel packs to the same bytes as left and as right operand
+    Tier tier;
+    int64_t (*panel_bytes)(int64_t k);  // of one form
+    // Packs rows [row, row + k) of features [p * panel, (p + 1) * panel) as left (`a`) and right (`b`) operand; either
+    // may be null, and with one_form only `a` is written. With `ones`, feature x.cols is 1 in every row.
+    void (*pack)(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* a, void* b, PackStats* stats);
+    // c (rows of length `panel`) over the first ni x nj features. `upper`: only elements on and above the diagonal are
+    // needed. `next` is the c of the next call, or null: it is prefetched.
+    double (*block)(Mode mode, const void* a, const void* b, int64_t ni, int64_t nj, int64_t k, bool upper, T* c,
+                    const T* next);
+    void (*begin)();  // once a thread, before its first block, and
+    void (*end)();    // after its last
+};
+
+const Engine<float>& engine_f32(Tier tier);                 // full float32 products
+const Engine<double>& engine_f64(Tier tier);
+const Engine<float>* engine_amx(Precision precision, Dtype dtype);  // bf16 (one product) or bf16x3; null: not built
+
+}  // namespace hvpfast
