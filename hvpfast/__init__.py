@@ -1,7 +1,15 @@
 """hvpfast: a custom-kernel accelerated curvature engine for PyTorch."""
 
 from hvpfast import dispatch, ops, testing
-from hvpfast.capture import NonFiniteError, StateError
+from hvpfast.capture import (
+    NonFiniteError,
+    StateError,
+    clipped_grad,
+    grad_second_moment,
+    per_sample_grad_norms,
+    per_sample_grads,
+    per_sample_gram,
+)
 from hvpfast.dispatch import BackendError, backend, backends, precision
 from hvpfast.operators import GGN, EmpiricalFisher, Hessian, Identity, LinearOperator
 from hvpfast.probes import (

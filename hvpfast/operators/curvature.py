@@ -46,6 +46,10 @@ class Curvature(LinearOperator):
         self._state: tuple | None = None
         self._keeps, self._verified, self._scale = True, False, 1.0
 
+    def _evaluated(self, batch: Batch) -> Evaluated:
+        """Run the model on one batch."""
+        return self.problem.evaluate(batch)
+
     def _linearised(self, evaluated: Evaluated) -> Piece:
         """The piece of one batch."""
         raise NotImplementedError
@@ -118,7 +122,7 @@ class Curvature(LinearOperator):
         room = CACHE_BYTES if self._keeps else 0
         with preserved(self.problem.model), twice_differentiable(self.problem.model):
             for batch in self.problem.data:
-                evaluated = self.problem.evaluate(batch)
+                evaluated = self._evaluated(batch)
                 if evaluated.weight == 0:
                     continue  # every target ignored: the batch is no part of the mean
                 piece = self._linearised(evaluated)

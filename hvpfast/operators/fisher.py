@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from hvpfast.capture.problem import Evaluated
-from hvpfast.operators.ggn import OutputCurvature, Piece, outer_products
+from hvpfast.operators.ggn import OutputCurvature, Piece, RowsPiece
 
 
 class EmpiricalFisher(OutputCurvature):
@@ -44,13 +42,13 @@ class EmpiricalFisher(OutputCurvature):
         self.centered = centered
         self._last, self._sum, self._samples = -1, torch.zeros(0), 0  # of the pass that linearised the batches
 
-    def _middle(self, evaluated: Evaluated, output: Tensor) -> Callable[[Tensor], Tensor]:
+    def _outer(self, evaluated: Evaluated, output: Tensor) -> tuple[Tensor, Tensor]:
         loss, target = self.problem.loss, evaluated.batch.target
         leaf = output.detach().requires_grad_(True)
         (u,) = torch.autograd.grad(loss.sample_losses(leaf, target).sum(), leaf)
-        return outer_products(u.detach().unsqueeze(0), loss.shares(output.detach(), target))
+        return u.detach().unsqueeze(0), loss.shares(output.detach(), target)
 
-    def _linearised(self, evaluated: Evaluated) -> Piece:
+    def _linearised(self, evaluated: Evaluated) -> Piece | RowsPiece:
         piece = super()._linearised(evaluated)
         if self.centered:
             index = evaluated.batch.index

@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from hvpfast.capture.data import Batch
 from hvpfast.capture.problem import Evaluated
+from hvpfast.capture.tape import Site, Tape, recording
 from hvpfast.operators.curvature import Curvature
-from hvpfast.operators.linearize import Jacobian, vmaps_well
+from hvpfast.operators.linearize import Derivative, Jacobian, vmaps_well
 
 
 class Piece:
@@ -36,6 +38,30 @@ class Piece:
         return self._bytes
 
 
+class RowsPiece:
+    """`sum_m w_m r_m r_m' v` of one batch from captured layers: row r_m is a gradient that is kept as a and g, never
+    as P numbers. Two products with each weight's `a` and `g` are all that it costs."""
+
+    def __init__(self, sites: list[Site], weights: Tensor, samples: int, blocks: list[list[int]] | None):
+        self._sites, self._weights, self.samples = sites, weights.unsqueeze(1), samples
+        self._blocks = blocks if blocks is not None else [list(range(len(sites)))]
+        self.reached = [site.rows > 0 for site in sites]
+
+    def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
+        results: list[Tensor | None] = [None] * len(parts)
+        for block in self._blocks:
+            reached = [i for i in block if self.reached[i]]
+            if reached:
+                dots = sum(self._sites[i].dots(parts[i]) for i in reached) * self._weights
+                for i in reached:
+                    results[i] = self._sites[i].weighted(dots)
+        return results
+
+    def bytes(self) -> int:
+        kept = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for s in self._sites for x in s.tensors()}
+        return sum(kept.values())
+
+
 def layer_blocks(model: nn.Module, names: Sequence[str]) -> list[list[int]]:
     """Indices of the parameters of each block: those that one module owns, a weight with its bias."""
     blocks: dict[str, list[int]] = {}
@@ -45,11 +71,16 @@ def layer_blocks(model: nn.Module, names: Sequence[str]) -> list[list[int]]:
 
 
 class OutputCurvature(Curvature):
-    """`sum over batches of J' S J`, full or block-diagonal; a subclass gives S of a batch."""
+    """`sum over batches of J' S J`, full or block-diagonal; a subclass gives S of a batch.
+
+    Where S is a sum of few outer products within each sample (a Monte-Carlo or an empirical Fisher) and the layers with
+    rules cover every parameter, the gradients' factors `a` and `g` are captured once and products are made of ops.
+    """
 
     def __init__(self, model: nn.Module, loss: object, data: object, params: object, blocks: bool):
         super().__init__(model, loss, data, params)
         self._blocks = layer_blocks(model, self.space.names) if blocks else None
+        self._tape = Tape()
 
     @property
     def blocks(self) -> list[list[str]] | None:
@@ -58,14 +89,31 @@ class OutputCurvature(Curvature):
             return None
         return [[self.space.names[i] for i in block] for block in self._blocks]
 
-    def _middle(self, evaluated: Evaluated, output: Tensor) -> Callable[[Tensor], Tensor]:
-        """v -> S v on (K, *output.shape)."""
-        raise NotImplementedError
+    def _outer(self, evaluated: Evaluated, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """u (K, *output.shape) and weights (N,), if S is `sum_k w_n u_kn u_kn'` within each sample n; else None."""
+        return None
 
-    def _linearised(self, evaluated: Evaluated) -> Piece:
+    def _middle(self, evaluated: Evaluated, output: Tensor) -> Callable[[Tensor], Tensor]:
+        """v -> S v on (K, *output.shape), for any S."""
+        return self.problem.loss.hessian(output, evaluated.batch.target)
+
+    def _evaluated(self, batch: Batch) -> Evaluated:
+        with recording(self.problem.model, list(self._params.values())) as self._tape:
+            return self.problem.evaluate(batch)
+
+    def _linearised(self, evaluated: Evaluated) -> Piece | RowsPiece:
         output = self.problem.output_tensor(evaluated.output)
-        jacobian = Jacobian(output, list(self._params.values()), vmaps_well(self.problem.model))
-        return Piece(jacobian, self._middle(evaluated, output), self._blocks)
+        params, tape = list(self._params.values()), self._tape
+        self._tape = Tape()  # nothing of a batch outlives its piece
+        batched, outer = vmaps_well(self.problem.model), self._outer(evaluated, output)
+        if outer is not None and batched and all(tape.covered(output, params)):
+            u, weights = outer
+            pull = Derivative([output], [call.edge for call in tape.calls], batched)
+            grads = [None if g is None else g.reshape(-1, *g.shape[2:]) for g in pull([u])]
+            sites = tape.sites(params, grads)
+            return RowsPiece(sites, weights.repeat(u.shape[0]), output.shape[0], self._blocks)
+        middle = self._middle(evaluated, output) if outer is None else outer_products(*outer)
+        return Piece(Jacobian(output, params, batched), middle, self._blocks)
 
 
 class GGN(OutputCurvature):
@@ -106,13 +154,12 @@ class GGN(OutputCurvature):
         super().__init__(model, loss, data, params, blocks)
         self.mc_samples, self.seed = mc_samples, seed
 
-    def _middle(self, evaluated: Evaluated, output: Tensor) -> Callable[[Tensor], Tensor]:
-        loss, target = self.problem.loss, evaluated.batch.target
+    def _outer(self, evaluated: Evaluated, output: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.mc_samples == 0:
-            return loss.hessian(output, target)
+            return None
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + evaluated.batch.index) % (1 << 63))
-        u = loss.draw(output, target, self.mc_samples, generator).detach()
-        return outer_products(u, u.new_full((u.shape[1],), 1 / self.mc_samples))
+        u = self.problem.loss.draw(output, evaluated.batch.target, self.mc_samples, generator).detach()
+        return u, u.new_full((u.shape[1],), 1 / self.mc_samples)
 
 
 def outer_products(u: Tensor, weights: Tensor) -> Callable[[Tensor], Tensor]:

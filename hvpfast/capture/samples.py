@@ -1,0 +1,148 @@
+"""Per-sample quantities of one batch: gradients, norms, inner products, second moments, clipped sums, in one pass."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from hvpfast.capture.errors import NonFiniteError
+from hvpfast.capture.problem import Problem
+from hvpfast.capture.state import preserved
+from hvpfast.capture.tape import Site, recording
+
+_warned: set[tuple[str, ...]] = set()
+
+
+class Samples:
+    """One batch's per-sample gradients, each parameter as a `Site`; what no rule covers, by autograd, as rows.
+
+    Args:
+        model, loss, params: as for `Hessian`. batch: (X, y). who: the public call, for errors.
+    """
+
+    def __init__(self, model: nn.Module, loss: object, batch: object, params: object, who: str):
+        problem = Problem(model, loss, [batch] if isinstance(batch, tuple) else batch, params, who, per_sample=True)
+        self.problem, self.names = problem, problem.space.names
+        tensors = list(problem.params.values())
+        with preserved(model):
+            (one,) = problem.data
+            with recording(model, tensors) as tape:
+                evaluated = problem.evaluate(one)
+            output = problem.output_tensor(evaluated.output)
+            losses = problem.loss.sample_losses(output, one.target)
+            covered = tape.covered(losses, tensors)
+            rest = [p for p, own in zip(tensors, covered, strict=True) if not own]
+            edges = [call.edge for call in tape.calls]
+            grads = (
+                torch.autograd.grad(losses.sum(), edges, retain_graph=bool(rest), allow_unused=True) if edges else ()
+            )
+            self.sites = tape.sites([p for p, own in zip(tensors, covered, strict=True) if own], list(grads))
+            by_autograd = iter(self._by_autograd(losses, rest, covered))
+            by_rule = iter(self.sites)
+            self.sites = [next(by_rule) if own else next(by_autograd) for own in covered]
+            self.shares = problem.loss.shares(output.detach(), one.target)
+        for name, site in zip(self.names, self.sites, strict=True):
+            for x in site.tensors():
+                if not bool(torch.isfinite(x).all()):
+                    raise NonFiniteError(f"{who}: the per-sample gradients have NaN or inf at parameter {name!r}")
+
+    def _by_autograd(self, losses: Tensor, rest: list[Tensor], covered: list[bool]) -> list[Site]:
+        """Rows of the Jacobian of the samples' losses, vmapped over samples, as biases: (M, p)."""
+        if not rest:
+            return []
+        names = tuple(name for name, own in zip(self.names, covered, strict=True) if not own)
+        if names not in _warned:
+            _warned.add(names)
+            warnings.warn(
+                f"{self.problem.who}: no layer rule covers {', '.join(names[:6])}{' and more' if len(names) > 6 else ''}: "
+                f"their per-sample gradients come from autograd, which is exact and slower",
+                stacklevel=4,
+            )
+        n = losses.shape[0]
+        unit = torch.eye(n, dtype=losses.dtype, device=losses.device)
+        try:
+            rows = torch.autograd.grad(losses, rest, unit, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        except RuntimeError:  # an operation without a batching rule
+            each = [torch.autograd.grad(one, rest, retain_graph=True, allow_unused=True) for one in losses]
+            rows = [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
+        unreached = [name for name, row in zip(names, rows, strict=True) if row is None]
+        if unreached:
+            raise ValueError(
+                f"{self.problem.who}: no data reach parameter {unreached[0]!r}: the loss does not depend on it; leave it out "
+                f"with params="
+            )
+        return [Site(tuple(p.shape), [], row.reshape(n, -1)) for p, row in zip(rest, rows, strict=True)]
+
+    def each(self, function: Callable[[Site], Tensor]) -> dict[str, Tensor]:
+        return {name: function(site) for name, site in zip(self.names, self.sites, strict=True)}
+
+
+def per_sample_grads(model: nn.Module, loss: object, batch: object, *, params: object = None) -> dict[str, Tensor]:
+    """Gradients of each sample's own loss.
+
+    A sample's own loss is the loss of a batch of that sample alone: under a mean over a batch of N the batch's gradient is
+    the mean of these (weighted where the mean is: class weights, ignored targets), under a sum it is their sum.
+
+    Args:
+        model: a `torch.nn.Module`, a row of output a sample; dropout off, BatchNorm in eval mode.
+        loss: as for `hvpfast.Hessian`; a custom one must be a mean or a sum of per-sample terms.
+        batch: one (X, y). params: None for every parameter that requires grad, or names, Parameters or a dict.
+
+    Returns:
+        {name: (N, *param.shape)}, float32 (float64 for float64). Tied weights and modules called twice are summed exactly.
+
+    Raises:
+        StateError, NonFiniteError, ValueError, TypeError: as for `hvpfast.GGN`.
+    """
+    return Samples(model, loss, batch, params, "per_sample_grads").each(Site.sample_grads)
+
+
+def per_sample_grad_norms(model: nn.Module, loss: object, batch: object, *, params: object = None) -> Tensor:
+    """Euclidean norms of the per-sample gradients over all parameters together, without the gradients: (N,).
+
+    Arguments, samples and errors as for `per_sample_grads`.
+    """
+    samples = Samples(model, loss, batch, params, "per_sample_grad_norms")
+    return sum(site.norms_squared() for site in samples.sites).clamp_(min=0).sqrt_()
+
+
+def per_sample_gram(model: nn.Module, loss: object, batch: object, *, params: object = None) -> Tensor:
+    """Inner products of the per-sample gradients over all parameters together: (N, N).
+
+    Arguments, samples and errors as for `per_sample_grads`.
+    """
+    return sum(site.gram() for site in Samples(model, loss, batch, params, "per_sample_gram").sites)
+
+
+def grad_second_moment(model: nn.Module, loss: object, batch: object, *, params: object = None) -> dict[str, Tensor]:
+    """Elementwise second moments of the per-sample gradients, `sum_n g_n o g_n`, a sum over samples: {name: param.shape}.
+
+    Arguments, samples and errors as for `per_sample_grads`.
+    """
+    return Samples(model, loss, batch, params, "grad_second_moment").each(Site.second_moment)
+
+
+def clipped_grad(
+    model: nn.Module, loss: object, batch: object, *, max_norm: float, params: object = None
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sum of the per-sample gradients, each scaled down to at most `max_norm`, and their norms before that.
+
+    `sum_n min(1, max_norm / |g_n|) g_n`: a sum over samples (divide by N for a mean), one pass, no (N, P) array.
+
+    Args:
+        max_norm: the bound C, positive. Others as for `per_sample_grads`.
+
+    Returns:
+        ({name: param.shape}, (N,) norms).
+
+    Source: M. Abadi et al., arXiv:1607.00133, Algorithm 1 (without the noise).
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clipped_grad: max_norm is {max_norm}; it must be positive")
+    samples = Samples(model, loss, batch, params, "clipped_grad")
+    norms = sum(site.norms_squared() for site in samples.sites).clamp_(min=0).sqrt_()
+    scale = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp_(max=1).unsqueeze(1)
+    return samples.each(lambda site: site.weighted(scale)[0]), norms

@@ -1,0 +1,173 @@
+"""Per-sample quantities against one backward pass a sample, float64, on every model and loss of the zoo."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from truths import own_gradients, relative
+from zoo import LOSSES, MODELS, make
+
+import hvpfast as hf
+
+PAIRS = [(model, "cross entropy") for model in MODELS] + [("mlp", loss) for loss in LOSSES if loss != "cross entropy"]
+PAIRS += [("cnn, groups and dilation", "all options"), ("called twice", "mse, sum")]
+
+
+@pytest.mark.parametrize(("model_name", "loss_name"), PAIRS)
+@pytest.mark.filterwarnings("ignore:.*no layer rule covers")
+def test_every_quantity(model_name, loss_name):
+    case = make(model_name)
+    loss, target = LOSSES[loss_name][0](case.classes), LOSSES[loss_name][1](6, case.classes)
+    batch = (case.inputs, target)
+    truth = torch.nan_to_num(own_gradients(case.model, loss, case.inputs, target))
+    norms = truth.norm(dim=1)
+
+    grads = hf.per_sample_grads(case.model, loss, batch)
+    named = {n: p for n, p in case.model.named_parameters() if p.requires_grad}
+    assert {n: g.shape[1:] for n, g in grads.items()} == {n: p.shape for n, p in named.items()}
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+    assert relative(hf.per_sample_grad_norms(case.model, loss, batch), norms) < 1e-12
+    assert relative(hf.per_sample_gram(case.model, loss, batch), truth @ truth.T) < 1e-12
+    moment = hf.grad_second_moment(case.model, loss, batch)
+    assert relative(torch.cat([m.reshape(-1) for m in moment.values()]), truth.square().sum(0)) < 1e-12
+    bound = float(norms.median())
+    clipped, before = hf.clipped_grad(case.model, loss, batch, max_norm=bound)
+    scale = torch.where(norms > 0, (bound / norms).clamp(max=1), 0)
+    assert relative(torch.cat([c.reshape(-1) for c in clipped.values()]), scale @ truth) < 1e-12
+    assert relative(before, norms) < 1e-12
+
+
+def test_a_layer_without_a_rule_is_named_once():
+    case = make("keywords")
+    batch = (case.inputs, torch.arange(6) % 3)
+    hf.capture.samples._warned.clear()
+    with pytest.warns(UserWarning, match=r"no layer rule covers right.weight, right.bias"):
+        hf.per_sample_grads(case.model, nn.CrossEntropyLoss(), batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hf.per_sample_grads(case.model, nn.CrossEntropyLoss(), batch)
+
+
+class SequenceFirst(nn.Module):
+    """A Linear over (T, N, features) with T = N: only the graph can tell which axis is the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x.transpose(0, 1))).mean(0))
+
+
+class Flattened(nn.Module):
+    """A Linear over (N T, features), samples and positions in one axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x.reshape(-1, 3))).reshape(x.shape[0], -1, 4).mean(1))
+
+
+@pytest.mark.parametrize("kind", [SequenceFirst, Flattened])
+@pytest.mark.parametrize("positions", [6, 5, 1])
+@pytest.mark.filterwarnings("ignore:.*no layer rule covers")
+def test_a_batch_axis_in_another_place(kind, positions):
+    torch.manual_seed(0)
+    model, x, y = kind().double(), torch.randn(6, positions, 3, dtype=torch.float64), torch.arange(6) % 3
+    truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
+    grads = hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y))
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+    fisher = hf.EmpiricalFisher(model, nn.CrossEntropyLoss(), (x, y)).to_dense()
+    assert relative(fisher, truth.T @ truth / 6) < 1e-12
+
+
+class Reused(nn.Module):
+    """A module's weight used once by its call and once by a function; and a hook that changes the layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.inner.register_forward_hook(lambda module, args, output: output * 2)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x)) @ self.inner.weight + self.inner.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*no layer rule covers")
+def test_uses_outside_the_module_and_hooks():
+    torch.manual_seed(0)
+    model, x, y = Reused().double(), torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
+    grads = hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y))
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:.*no layer rule covers")
+def test_parametrised_weights_and_checkpoints():
+    torch.manual_seed(0)
+    inner = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5).double())
+    deep = nn.Sequential(nn.Linear(5, 5), nn.Tanh()).double()
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.deep, self.head = inner, deep, nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            hidden = torch.utils.checkpoint.checkpoint(self.deep, torch.tanh(self.inner(x)), use_reentrant=False)
+            return self.head(hidden)
+
+    model, x, y = Model(), torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
+    grads = hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y))
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+
+
+class ChangedInput(nn.Module):
+    """Adds to a layer's input, in place, after the layer has used it; the frozen weight hides it from autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            hidden = self.first(x)
+        out = self.layer(hidden)
+        hidden.add_(1)
+        return self.head(torch.tanh(out))
+
+
+def test_an_input_changed_in_place_is_refused():
+    torch.manual_seed(0)
+    model, x, y = ChangedInput().double(), torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 3
+    params = ["layer.weight", "layer.bias"]
+    with pytest.raises(hf.StateError, match=r"the input of layer 'layer' was changed in place"):
+        hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y), params=params)
+
+
+def test_refusals():
+    case = make("mlp")
+    batch = (case.inputs, torch.arange(6) % 3)
+    with pytest.raises(ValueError, match="max_norm is 0"):
+        hf.clipped_grad(case.model, nn.CrossEntropyLoss(), batch, max_norm=0)
+    with pytest.raises(hf.StateError, match="dropout is active"):
+        hf.per_sample_grads(nn.Sequential(case.model, nn.Dropout()), nn.CrossEntropyLoss(), batch)
+    case.inputs[3, 1] = float("nan")
+    with pytest.raises(hf.NonFiniteError, match="the batch's input holds NaN"):
+        hf.per_sample_grads(case.model, nn.CrossEntropyLoss(), batch)
+
+
+def test_float32_and_16_bit_models():
+    """Sums in float32 whatever the model computes in; a bfloat16 model's quantities are float32."""
+    case = make("linear over positions")
+    y = torch.arange(6) % 6
+    truth = hf.per_sample_grad_norms(case.model, nn.CrossEntropyLoss(), (case.inputs, y))
+    for dtype, bound in ((torch.float32, 1e-5), (torch.bfloat16, 0.1)):
+        model = make("linear over positions").model.to(dtype)
+        norms = hf.per_sample_grad_norms(model, nn.CrossEntropyLoss(), (case.inputs.to(dtype), y))
+        assert norms.dtype == torch.float32
+        assert relative(norms.double(), truth) < bound
