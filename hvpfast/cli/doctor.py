@@ -91,8 +91,8 @@ def _build() -> Iterator[tuple[str, str]]:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {_shown(item)}" for name, item in value.items())
+    if isinstance(value, dict):  # a reason each, or None where there is none
+        return ", ".join(f"{name}: {'ready' if item is None else _shown(item)}" for name, item in value.items())
     return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
@@ -110,7 +110,8 @@ def _ops() -> Iterator[tuple[str, str]]:
                 continue
             yield label, f"{choice.backend} runs for float32, N = I = O = 256"
             for other, why in choice.why_not.items():
-                yield "", f"not {other}: {why}"
+                if other in op.backends:  # the table below lists what nobody has written
+                    yield "", f"not {other}: {why}"
     yield "", ""
     reasons: dict[tuple[str, str], list[str]] = {}
     for name, where, reason in dispatch.backends():

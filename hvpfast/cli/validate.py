@@ -28,7 +28,7 @@ SIZES = (
     (63, 2, 129, 17, 1),
     (0, 1, 7, 5, 1),
 )
-LARGE = ((257, 1, 300, 130, 1), (33, 65, 130, 70, 2))
+LARGE = ((130, 1, 151, 70, 1), (17, 33, 130, 66, 2))
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda", "interpret")
 

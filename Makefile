@@ -1,0 +1,70 @@
+# hvpfast from a fresh clone. Needs Python >= 3.10 and, for the native CPU kernels, a C++ compiler; downloads only from
+# the package index that pip is set to use.
+#
+#   make demo    train a small network on real digits, look at its curvature; ends with the report's path
+#   make test    every test, each kernel held against its reference
+#
+# Variables: PYTHON (python3), VENV (.venv), PIP_FLAGS (e.g. --index-url ...), DEMO_FLAGS (e.g. --data DIR), OUT (demo),
+# TEST_FLAGS, JOBS (2), HVPFAST_BUILD (auto).
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_FLAGS ?=
+OUT ?= demo
+JOBS ?= 2
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+BENCH_FLAGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+# Whatever the build or the choice of versions reads: a change in it installs again.
+INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test bench lint clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo    set up $(VENV), train a small network on real digits and report its curvature in $(OUT)/'
+	@echo 'make test    set up $(VENV) and run every test'
+	@echo 'make bench   set up $(VENV) and run the benchmark suites'
+	@echo 'make lint    ruff check and ruff format --check'
+	@echo 'make clean   remove $(VENV), demo/, build outputs and caches'
+
+demo: $(VENV)/.installed-demo
+	@echo '== Training on digits and measuring curvature (well under 2 minutes on two cores)'
+	$(BIN)/hvpfast demo --out $(OUT) $(DEMO_FLAGS)
+	@echo '== Report: $(OUT)/report.html'
+
+test: $(VENV)/.installed-test
+	@echo '== Running the tests on $(JOBS) processes'
+	$(BIN)/python -m pytest -q -n $(JOBS) $(TEST_FLAGS)
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(BENCH_FLAGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'hvpfast needs Python >= 3.10; "$(PYTHON)" is older. Try: make PYTHON=python3.12 ...' >&2; exit 1; }
+	@echo '== Making the virtual environment $(VENV)'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# One stamp an extra. Build isolation is off so that the environment's own pinned setuptools and pybind11 are used.
+$(VENV)/.installed-demo: EXTRAS := plot,cli
+$(VENV)/.installed-test: EXTRAS := test,plot,cli,triton
+$(VENV)/.installed-bench: EXTRAS := bench,test,plot,cli,triton
+$(VENV)/.installed-%: $(VENV)/.created $(INPUTS)
+	@echo '== Installing hvpfast[$(EXTRAS)] with the versions in constraints.txt (torch is large; minutes at first)'
+	$(PIP) setuptools pybind11
+	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks kernels/*.so kernels/_build.json
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
