@@ -46,6 +46,10 @@ _CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 _CPU_PRECISIONS = {"auto": 0, "ieee": 1, "bf16x3": 2, "bf16": 3}
 
 
+def _cpu_dtype_reason(name: str, x: torch.Tensor) -> str:
+    return f"{name} is {x.dtype}; the kernel reads float64, float32, bfloat16 and float16"
+
+
 def _cpu_rows(x: torch.Tensor) -> tuple[int, int, int, int, int, int] | None:
     """x (..., I) as rows: (outer, inner, I, outer stride, inner stride, feature stride); None: more than two levels."""
     cols = x.shape[-1]
@@ -83,14 +87,17 @@ def cpu_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="
 
 
 def cpu_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
-    if x.dtype not in _CPU_DTYPES:
-        return f"x is {x.dtype}; the kernel reads float64, float32, bfloat16 and float16"
-    return None
-
-
-def cpu_sample_norms_squared_supports(a, g, *, precision="auto") -> str | None:
-    return "not implemented yet"
+    return None if x.dtype in _CPU_DTYPES else _cpu_dtype_reason("x", x)
 
 
 def cpu_sample_norms_squared(a, g, *, precision="auto"):
-    raise NotImplementedError
+    out = g.new_empty(g.shape[0], dtype=torch.float64 if g.dtype is torch.float64 else torch.float32)
+    _modules["cpu"].sample_norms_squared(
+        a.data_ptr(), a.shape, a.stride(), g.data_ptr(), g.shape, g.stride(), _CPU_DTYPES[a.dtype],
+        out.data_ptr(), _CPU_PRECISIONS[precision], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def cpu_sample_norms_squared_supports(a, g, *, precision="auto") -> str | None:
+    return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)

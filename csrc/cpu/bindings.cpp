@@ -8,6 +8,16 @@
 namespace py = pybind11;
 using namespace hvpfast;
 
+namespace {
+
+Batch batch(uintptr_t data, int dtype, py::handle shape, py::handle strides) {
+    const auto read = [](py::handle from, int at) { return int64_t(PyLong_AsLongLong(PyTuple_GET_ITEM(from.ptr(), at))); };
+    return {reinterpret_cast<const void*>(data), Dtype(dtype), read(shape, 0), read(shape, 1), read(shape, 2),
+            read(strides, 0), read(strides, 1), read(strides, 2)};
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "hvpfast's CPU kernels";
     m.def("tiers", [] {
@@ -32,6 +42,12 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         gram(rows, ones, alpha, beta, Out{reinterpret_cast<void*>(out), width, width, row_stride, out_col_stride},
              Precision(precision), threads);
+    });
+    m.def("sample_norms_squared", [](uintptr_t a, py::tuple a_shape, py::tuple a_strides, uintptr_t g, py::tuple g_shape,
+                                     py::tuple g_strides, int dtype, uintptr_t out, int precision, int threads) {
+        const Batch inputs = batch(a, dtype, a_shape, a_strides), grads = batch(g, dtype, g_shape, g_strides);
+        py::gil_scoped_release release;
+        sample_norms_squared(inputs, grads, reinterpret_cast<void*>(out), Precision(precision), threads);
     });
     tier_in_use();  // a tier forced by HVPFAST_CPU that cannot run fails the import, saying why
 }

@@ -193,45 +193,47 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
 }
 
 // 2 x 2 tiles over all groups: sums in tmm0-3, left strips in tmm4-5, right ones in tmm6-7. Loads stand between
-// products; each operand tile is loaded once a group.
+// products; each operand tile is loaded once a group. `a1`, `b1`: bytes from the first strip to the second, 0 where
+// there is none (its sums are then not used: one tile alone would wait for its own product's latency).
 template <int PARTS>
-HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t groups, const char* fetch) {
+HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t a1, int64_t b1, int64_t groups, const char* fetch) {
     constexpr int64_t kStep = 2 * PARTS * kTile;
+    const char* const fetched = fetch == nullptr ? nullptr : fetch + kPanel * kPanel * 4;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t g = 0; g < groups; ++g, a += kStep, b += kStep) {
-        if (fetch != nullptr && g < 16) {
-#pragma GCC unroll 4
-            for (int line = 0; line < 4; ++line) _mm_prefetch(fetch + (g * 4 + line) * 64, _MM_HINT_T0);
+        if (fetch != fetched) {
+#pragma GCC unroll 8
+            for (int line = 0; line < 8; ++line, fetch += 64) _mm_prefetch(fetch, _MM_HINT_T0);
         }
         if (PARTS == 1) {
             _tile_loadd(6, b, 64);
             _tile_loadd(4, a, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(7, b + kTile, 64);
+            _tile_loadd(7, b + b1, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + kTile, 64);
+            _tile_loadd(5, a + a1, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         } else {
             _tile_loadd(6, b, 64);
             _tile_loadd(4, a + kTile, 64);
             _tile_dpbf16ps(0, 4, 6);  // lo hi'
-            _tile_loadd(7, b + 2 * kTile, 64);
+            _tile_loadd(7, b + b1, 64);
             _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(5, a + 3 * kTile, 64);
+            _tile_loadd(5, a + a1 + kTile, 64);
             _tile_dpbf16ps(2, 5, 6);
             _tile_loadd(4, a, 64);
             _tile_dpbf16ps(3, 5, 7);
-            _tile_loadd(5, a + 2 * kTile, 64);
+            _tile_loadd(5, a + a1, 64);
             _tile_dpbf16ps(0, 4, 6);  // hi hi'
             _tile_dpbf16ps(2, 5, 6);
             _tile_loadd(6, b + kTile, 64);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
-            _tile_loadd(7, b + 3 * kTile, 64);
+            _tile_loadd(7, b + b1 + kTile, 64);
             _tile_dpbf16ps(0, 4, 6);  // hi lo'
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(1, 4, 7);
@@ -240,77 +242,54 @@ HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t groups, const 
     }
 }
 
-template <int PARTS>
-HVPFAST_INLINE void sum_1x1(const char* a, const char* b, int64_t groups) {
-    constexpr int64_t kStep = 2 * PARTS * kTile;
-    _tile_zero(0);
-    for (int64_t g = 0; g < groups; ++g, a += kStep, b += kStep) {
-        _tile_loadd(6, b, 64);
-        _tile_loadd(4, a, 64);
-        if (PARTS == 2) {
-            _tile_loadd(5, a + kTile, 64);
-            _tile_loadd(7, b + kTile, 64);
-            _tile_dpbf16ps(0, 5, 6);
-            _tile_dpbf16ps(0, 4, 7);
-        }
-        _tile_dpbf16ps(0, 4, 6);
+// Sum over the valid ni x nj part only: a zero feature times an inf is NaN.
+double total(const float* held, const float* with, int64_t ni, int64_t nj) {
+    __m512d total = _mm512_setzero_pd();
+    for (int s = 0; 16 * s < nj; ++s) {
+        const __mmask16 valid = __mmask16(nj - 16 * s >= 16 ? 0xffff : (1u << (nj - 16 * s)) - 1);
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t r = 0; r < ni; ++r)
+            sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(valid, held + r * kPanel + 16 * s),
+                                  _mm512_maskz_loadu_ps(valid, with + r * kPanel + 16 * s), sum);
+        total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
+        total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
     }
+    return _mm512_reduce_add_pd(total);
 }
 
 template <int PARTS>
-double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t nj, int64_t k, bool upper, float* c,
+double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t nj, int64_t k, bool, float* c,
              const float* next) {
-    const char* a = static_cast<const char*>(left);
-    const char* b = static_cast<const char*>(right);
-    const int64_t groups = ceil_div(k, kGroup);
-    constexpr int64_t kStrip = PARTS * kTile, kRow = kPanel * 4;
+    constexpr int64_t kRow = kPanel * 4;
     alignas(64) float held[kPanel * kPanel];
     float* sums = mode == Mode::store ? c : held;
     __asm__ volatile("" ::: "memory");  // the tile intrinsics do not say that they read memory
-    if (ni > 16 && nj > 16 && !upper) {
-        sum_2x2<PARTS>(a, b, groups, reinterpret_cast<const char*>(next));
-        _tile_stored(0, sums, kRow);
-        _tile_stored(1, sums + 16, kRow);
-        _tile_stored(2, sums + 16 * kPanel, kRow);
-        _tile_stored(3, sums + 16 * kPanel + 16, kRow);
-    } else {
-        for (int i = 0; i < (ni > 16 ? 2 : 1); ++i)
-            for (int j = upper ? i : 0; j < (nj > 16 ? 2 : 1); ++j) {
-                sum_1x1<PARTS>(a + i * kStrip, b + j * kStrip, groups);
-                _tile_stored(0, sums + i * 16 * kPanel + j * 16, kRow);
-            }
-    }
+    sum_2x2<PARTS>(static_cast<const char*>(left), static_cast<const char*>(right), ni > 16 ? PARTS * kTile : 0,
+                   nj > 16 ? PARTS * kTile : 0, ceil_div(k, kGroup), reinterpret_cast<const char*>(next));
+    _tile_stored(0, sums, kRow);
+    _tile_stored(1, sums + 16, kRow);
+    _tile_stored(2, sums + 16 * kPanel, kRow);
+    _tile_stored(3, sums + 16 * kPanel + 16, kRow);
     __asm__ volatile("" ::: "memory");
-    if (mode == Mode::store) return 0;
-    const __mmask16 valid[2] = {__mmask16(nj >= 16 ? 0xffff : (1u << nj) - 1),
-                                __mmask16(nj >= 32 ? 0xffff : nj > 16 ? (1u << (nj - 16)) - 1 : 0)};
-    if (mode == Mode::sum_square || mode == Mode::dot) {
-        __m512d total = _mm512_setzero_pd();
-        for (int s = 0; s < 2 && valid[s]; ++s) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t r = 0; r < ni; ++r) {
-                const __m512 value = _mm512_maskz_loadu_ps(valid[s], held + r * kPanel + 16 * s);
-                const __m512 other = mode == Mode::dot ? _mm512_maskz_loadu_ps(valid[s], c + r * kPanel + 16 * s) : value;
-                sum = _mm512_fmadd_ps(value, other, sum);
-            }
-            total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
-            total = _mm512_add_pd(total, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
+    if (mode == Mode::add) {
+#pragma GCC unroll 8
+        for (int64_t e = 0; e < kPanel * kPanel; e += 16)
+            _mm512_storeu_ps(c + e, _mm512_add_ps(_mm512_loadu_ps(c + e), _mm512_load_ps(held + e)));
+    } else if (mode == Mode::add_square) {
+#pragma GCC unroll 8
+        for (int64_t e = 0; e < kPanel * kPanel; e += 16) {
+            const __m512 value = _mm512_load_ps(held + e);
+            _mm512_storeu_ps(c + e, _mm512_fmadd_ps(value, value, _mm512_loadu_ps(c + e)));
         }
-        return _mm512_reduce_add_pd(total);
+    } else if (mode != Mode::store) {
+        return total(held, mode == Mode::dot ? c : held, ni, nj);
     }
-    for (int64_t r = 0; r < ni; ++r)
-        for (int s = upper && r >= 16 ? 1 : 0; s < (nj > 16 ? 2 : 1); ++s) {
-            float* at = c + r * kPanel + 16 * s;
-            const __m512 value = _mm512_load_ps(held + r * kPanel + 16 * s);
-            const __m512 before = _mm512_loadu_ps(at);
-            _mm512_storeu_ps(at, mode == Mode::add ? _mm512_add_ps(before, value) : _mm512_fmadd_ps(value, value, before));
-        }
     return 0;
 }
 
 template <int PARTS>
 constexpr Engine<float> engine() {
-    return {kPanel, kGroup, false, Tier::amx, panel_bytes<PARTS>, pack<PARTS>, block<PARTS>, begin, end};
+    return {kPanel, kGroup, false, Tier::amx, panel_bytes<PARTS>, pack<PARTS>, block<PARTS>, nullptr, begin, end};
 }
 
 constexpr Engine<float> kOnce = engine<1>(), kThrice = engine<2>();

@@ -158,10 +158,41 @@ struct Body {
         }
     }
 
+    static double row_squares(const Rows& x, int64_t row) {
+        const int64_t offset = (row / x.inner) * x.outer_stride + (row % x.inner) * x.inner_stride;
+        if (x.col_stride != 1) {
+            double sum = 0;
+            for (int64_t c = 0; c < x.cols; ++c) {
+                const T value = element(x, offset + c * x.col_stride);
+                sum += double(value) * double(value);
+            }
+            return sum;
+        }
+        constexpr int64_t kRun = 4096;  // features summed in T before they join the double
+        double sum = 0;
+        for (int64_t start = 0; start < x.cols; start += kRun) {
+            const int64_t last = least(start + kRun, x.cols);
+            V sums[4] = {P::zero(), P::zero(), P::zero(), P::zero()};
+            int64_t c = start;
+            for (; c + 4 * W <= last; c += 4 * W)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) {
+                    const V value = loaded(x, offset + c + j * W, W);
+                    sums[j] = P::fma(value, value, sums[j]);
+                }
+            for (; c < last; c += W) {
+                const V value = loaded(x, offset + c, int(least(W, last - c)));
+                sums[0] = P::fma(value, value, sums[0]);
+            }
+            sum += P::total(P::add(P::add(sums[0], sums[1]), P::add(sums[2], sums[3])));
+        }
+        return sum;
+    }
+
     static void nothing() {}
 
     static Engine<T> engine(Tier tier) {
-        return {kPanel, 1, true, tier, panel_bytes, pack, block, nothing, nothing};
+        return {kPanel, 1, true, tier, panel_bytes, pack, block, row_squares, nothing, nothing};
     }
 };
 

@@ -12,12 +12,6 @@
 namespace hvpfast {
 namespace {
 
-constexpr uint32_t exponent(int power) { return uint32_t(127 + power) << 23; }
-
-// bf16 products keep float32's range but lose its subnormals, and an inf splits into inf - inf: outside this range of
-// the largest |x| the sum is done again in float32.
-bool within_range(uint32_t largest) { return largest == 0 || (largest > exponent(-45) && largest < exponent(50)); }
-
 struct Blocking {
     int64_t depth;      // rows packed at a time
     int64_t left;       // panels of the left operand that stay in L2 while right panels pass
@@ -29,7 +23,7 @@ template <class T>
 Blocking choose_blocking(const Engine<T>& engine, int64_t rows, const Triangle& shape, int threads) {
     Blocking chosen;
     const int64_t features = shape.panels * engine.panel;
-    chosen.depth = engine.one_form ? 256 : 512;
+    chosen.depth = 256;
     chosen.share = threads > 1 && features >= 1536;
     if (rows * features * features < (int64_t(1) << 21)) threads = 1;
     if (!chosen.share) threads = int(least(threads, ceil_div(rows, 64)));
@@ -112,7 +106,7 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
         barrier(count);
         uint32_t largest = 0;
         for (int t = 0; t < count; ++t) largest = seen[t] > largest ? seen[t] : largest;
-        if (amx && !within_range(largest)) {
+        if (amx && !bf16_holds(largest)) {
             if (index == 0) fits = false;
             return;
         }

@@ -24,6 +24,14 @@ struct PackStats {
     float* low_squares = nullptr;  // per feature of the panel: sum of the squared low halves is added here (may be null)
 };
 
+constexpr uint32_t float_bits_of_power(int power) { return uint32_t(127 + power) << 23; }
+
+// bf16 products keep float32's range but lose its subnormals, and an inf splits into inf - inf: outside this range of
+// the largest |x| a result is computed again in float32.
+constexpr bool bf16_holds(uint32_t largest) {
+    return largest == 0 || (largest > float_bits_of_power(-45) && largest < float_bits_of_power(50));
+}
+
 template <class T>
 struct Engine {
     int64_t panel;    // features a panel, and the row length of c
@@ -38,6 +46,7 @@ struct Engine {
     // needed. `next` is the c of the next call, or null: it is prefetched.
     double (*block)(Mode mode, const void* a, const void* b, int64_t ni, int64_t nj, int64_t k, bool upper, T* c,
                     const T* next);
+    double (*row_squares)(const Rows& x, int64_t row);  // sum of squares of one row
     void (*begin)();  // once a thread, before its first block, and
     void (*end)();    // after its last
 };

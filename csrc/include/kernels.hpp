@@ -8,4 +8,15 @@ namespace hvpfast {
 // out = beta out + alpha x'x, (x 1)'(x 1) with `ones`; out is not read if beta is 0.
 void gram(const Rows& x, bool ones, double alpha, double beta, const Out& out, Precision precision, int threads);
 
+// A batch of matrices (batch, T, features), in elements of `dtype`.
+struct Batch {
+    const void* data;
+    Dtype dtype;
+    int64_t batch, positions, features;
+    int64_t batch_stride, position_stride, feature_stride;
+};
+
+// out[m] = || g_m' a_{m % N} ||_F^2 for a (N, T, I), g (M, T, O); out: M contiguous float or double.
+void sample_norms_squared(const Batch& a, const Batch& g, void* out, Precision precision, int threads);
+
 }  // namespace hvpfast
