@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvpfast.cli.datasets import Dataset
-from hvpfast.cli.errors import UserError, extra
+from hvpfast.cli.errors import UserError, extra, reported
 from hvpfast.dynamics import SharpnessMonitor
 
 HIDDEN = 512
@@ -102,7 +102,8 @@ class Experiment:
                 f"the training loss is {loss} after epoch {epoch}: the run diverged; lower the learning rate"
             )
         start = time.perf_counter()
-        record = self.monitor.measure(self.optimizer, epoch=epoch)
+        with reported(f"measuring curvature after epoch {epoch}"):
+            record = self.monitor.measure(self.optimizer, epoch=epoch)
         row = record.to_dict()
         row.pop("extra"), row.pop("preconditioned")
         row["loss_on_curvature_data"] = row.pop("loss")
