@@ -1,0 +1,270 @@
+"""Compiles every Triton kernel for A100, H100 and B200 without a GPU, and holds what comes out against limits.
+
+    python -m hvpfast.kernels.ahead            # table; exit status 1 where a row breaks its limits
+    python -m hvpfast.kernels.ahead --write    # take what was found as the new limits (kernels/limits.json)
+
+A row breaks its limits by a spill, by more registers or shared memory than its limit or its target allows, or by losing its
+tensor-core instructions: wgmma on sm_90, mma on sm_80, tcgen05 on sm_100. Registers and local memory are those of the cubin
+(`cuobjdump` from the triton wheel). This says that the kernels exist and fit, not that they are fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import gram
+from . import sample_norms_squared as norms
+from .tiles import Tile
+
+TARGETS = (80, 90, 100)
+LIMITS = Path(__file__).with_name("limits.json")
+SHARED = 99 * 1024  # bytes a program may have on every GPU since sm_80, RTX (sm_86, sm_89, sm_120) included
+POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+DTYPE = {"exact": "bf16", "bf16": "fp32", "bf16x3": "fp32", "bf16x4": "fp32", "ieee": "fp32"}
+
+
+class Case(NamedTuple):
+    """One kernel and what it is specialised for."""
+
+    kernel: str
+    dtype: str
+    config: str
+    function: triton.runtime.JITFunction
+    types: dict[str, str]  # of the arguments that are neither i32 nor constant
+    constants: dict[str, object]
+    known: tuple[str, ...]  # integer arguments that are divisible by 16, as pointers always are here
+    tile: Tile  # its warps and stages
+    tensor_cores: bool
+
+
+class Row(NamedTuple):
+    """What one compilation gave."""
+
+    kernel: str
+    dtype: str
+    config: str
+    target: str
+    registers: int
+    stack: int
+    spills: int  # local loads and stores in the machine code
+    shared: int
+    wgmma: int
+    mma: int
+    tcgen05: int
+    tma: int
+    cp_async: int
+
+    @property
+    def key(self) -> str:
+        return " ".join((self.kernel, self.dtype, self.config, self.target))
+
+
+def _label(product: str, tile: Tile, *more: str) -> str:
+    return "-".join((product, f"{tile.side}x{tile.depth}", f"{tile.warps}w", f"{tile.stages}s", *more))
+
+
+# Variants of a launch, by what the compiler knows of it. "even": whole tiles; "ragged": rows that can be loaded 16 bytes at
+# a time but end within a tile; "odd": nothing but the unit stride; "columns": a transposed input, whole tiles.
+VARIANTS = ("even", "ragged", "odd", "columns")
+
+
+def _gram_cases() -> Iterator[Case]:
+    types = {"part_ptr": "*fp32", "out_ptr": "*fp32", "alpha": "fp32", "beta": "fp32"}
+
+    def case(dtype: str, table: str, tile: Tile, variant: str) -> Case:
+        product = table.removesuffix("-odd")
+        constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
+        constants |= {"EVEN": variant in ("even", "columns"), "stride_xn" if variant == "columns" else "stride_xd": 1}
+        return Case(
+            "gram", dtype, _label(product, tile, variant), gram._gram_kernel, {"x_ptr": POINTERS[dtype], **types}, constants,
+            () if variant == "odd" else ("stride_xn", "stride_xd", "width", "rows"), tile, product != "ieee",
+        )  # fmt: skip
+
+    for table, rows in gram.TILES.items():
+        for _, _, tile in rows:
+            for variant in ("odd",) if table == "exact-odd" else VARIANTS if table == "exact" else ("even", "odd"):
+                if (table, variant) != ("exact", "odd"):
+                    yield case(DTYPE[table.removesuffix("-odd")], table, tile, variant)
+    yield case("fp16", "exact", gram.TILES["exact"][-1][-1], "even")
+    for side in sorted({tile.side for rows in gram.TILES.values() for _, _, tile in rows}):
+        constants = {"ADD": True, "SIDE": side, "SQUARE": gram.SQUARE, "stride_oj": 1}
+        yield Case("gram-add", "fp32", str(side), gram._add_kernel, types, constants, (), Tile(side, 0, 4, 3, 0), False)
+
+
+def _norms_cases() -> Iterator[Case]:
+    outer = {"BLOCK_M": 1, "BLOCK_F": norms.OUTER_ELEMENTS, "stride_ai": 1, "stride_go": 1}
+    strides = tuple(f"stride_{x}" for x in ("an", "at", "ai", "gm", "gt", "go"))
+    for dtype in ("bf16", "fp32"):
+        types = {"a_ptr": POINTERS[dtype], "g_ptr": POINTERS[dtype], "part_ptr": "*fp32", "out_ptr": "*fp32"}
+        yield Case("norms-outer", dtype, "even", norms._outer_kernel, types, outer, strides, Tile(0, 0, 4, 3, 0), False)
+    for (route, key), tile in norms.TILES.items():
+        product = key.removesuffix("-odd")
+        types = {"a_ptr": POINTERS[DTYPE[product]], "g_ptr": POINTERS[DTYPE[product]], "part_ptr": "*fp32"}
+        sides = {"SIDE": tile.side} if route == "gram" else {"SIDE_O": tile.side, "SIDE_I": tile.side}
+        function = norms._gram_kernel if route == "gram" else norms._direct_kernel
+        has_odd = (route, f"{product}-odd") in norms.TILES
+        for variant in ("odd",) if key != product else ("even", "ragged") if has_odd else ("even", "odd"):
+            constants = {
+                "PRECISION": product,
+                "DEPTH": tile.depth,
+                "CHUNK": tile.chunk,
+                "stride_ai": 1,
+                "stride_go": 1,
+                **sides,
+            }
+            constants["EVEN"] = variant == "even"
+            known = () if variant == "odd" else (*strides, "t_all", "i_all", "o_all")
+            label = _label(product, tile, variant)
+            cores = product != "ieee"
+            yield Case(f"norms-{route}", DTYPE[product], label, function, types, constants, known, tile, cores)
+
+
+def cases() -> list[Case]:
+    """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
+    return [*_gram_cases(), *_norms_cases()]
+
+
+def compile_case(case: Case, target: int) -> Row:
+    """Compile one case for one target and read the result."""
+    function, constants = case.function, case.constants
+    names = function.arg_names
+    signature = {n: "constexpr" if n in constants else case.types.get(n, "i32") for n in names}
+    known = [n for n in names if n not in constants and (signature[n].startswith("*") or n in case.known)]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in known}
+    constants = {name: value for name, value in constants.items() if name in names}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    registers, stack, spills = _resources(compiled.asm["cubin"])
+    return Row(
+        case.kernel, case.dtype, case.config, f"sm_{target}", registers, stack, spills, compiled.metadata.shared,
+        ptx.count("wgmma.mma_async"), ptx.count("mma.sync."), ptx.count("tcgen05.mma"),
+        ptx.count("cp.async.bulk.tensor"), len(re.findall(r"cp\.async\.c[ag]", ptx)),
+    )  # fmt: skip
+
+
+def _tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers a thread, stack bytes, and local loads and stores of the kernel in a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        environment = {
+            **os.environ,
+            "PATH": f"{Path(_tool('nvdisasm')).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+        usage, code = (
+            subprocess.run(
+                [_tool("cuobjdump"), flag, str(path)], capture_output=True, text=True, check=True, env=environment
+            )
+            for flag in ("-res-usage", "-sass")
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage gave no resources: {usage.stdout}{usage.stderr}")
+    return int(found[1]), int(found[2]), len(re.findall(r"\b(?:LDL|STL)\b", code.stdout))
+
+
+COLUMNS = Row._fields
+
+
+def check(rows: list[Row], limits: dict[str, dict[str, int]]) -> list[str]:
+    """What breaks the rules or its own limits, one sentence each."""
+    broken = []
+    for row, case in zip(rows, (case for case in cases() for _ in TARGETS), strict=True):
+        limit = limits.get(row.key)
+        if row.spills or row.stack:
+            broken.append(f"{row.key}: {row.spills} local loads and stores, {row.stack} bytes of stack: it spills")
+        if row.shared > SHARED:
+            broken.append(f"{row.key}: {row.shared} bytes of shared memory; RTX-class GPUs have {SHARED}")
+        cores = {"sm_80": row.mma, "sm_90": row.wgmma, "sm_100": row.tcgen05}[row.target]
+        if case.tensor_cores and not cores:
+            broken.append(f"{row.key}: it lost its tensor-core instructions")
+        if limit is None:
+            broken.append(f"{row.key}: no limits; write them with --write")
+            continue
+        for name in ("registers", "shared"):
+            if getattr(row, name) > limit[name]:
+                broken.append(f"{row.key}: {getattr(row, name)} {name}, the limit is {limit[name]}")
+        if cores < limit["tensor"]:
+            broken.append(f"{row.key}: {cores} tensor-core instructions, the least is {limit['tensor']}")
+    gone = set(limits) - {row.key for row in rows}
+    return broken + [f"{key}: has limits but is not compiled any more; use --write" for key in sorted(gone)]
+
+
+def limits_of(rows: list[Row]) -> dict[str, dict[str, int]]:
+    """Limits with room for another Triton's register allocation: a quarter more, at most 255."""
+    return {
+        row.key: {
+            "registers": min(255, -(-row.registers * 5 // 4)),
+            "shared": row.shared,
+            "tensor": max(row.wgmma, row.mma, row.tcgen05),
+        }
+        for row in rows
+    }
+
+
+def compile_all(progress: bool = False) -> list[Row]:
+    """Compile every case for every target, one process a core."""
+    jobs = [(index, target) for index in range(len(cases())) for target in TARGETS]
+    rows: list[Row] = []
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(_compile_job, *zip(*jobs, strict=True)):
+            rows.append(row)
+            if progress:
+                print(table(rows[-1:], header=len(rows) == 1), flush=True)
+    return rows
+
+
+def _compile_job(index: int, target: int) -> Row:
+    return compile_case(cases()[index], target)
+
+
+def table(rows: list[Row], header: bool = True) -> str:
+    """The rows as text, one a line."""
+    widths = (13, 6, 29, 7, *(9,) * (len(COLUMNS) - 4))
+    lines = [COLUMNS] if header else []
+    return "\n".join(
+        "".join(str(value).ljust(width) for value, width in zip(line, widths, strict=True)) for line in (*lines, *rows)
+    )
+
+
+def main() -> int:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m hvpfast.kernels.ahead", description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="take what was found as the new limits")
+    write = parser.parse_args().write
+    if triton.knobs.runtime.interpret:
+        raise SystemExit(
+            "hvpfast.kernels.ahead: TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it"
+        )
+    rows = compile_all(progress=True)
+    if write:
+        LIMITS.write_text(json.dumps(limits_of(rows), indent=1) + "\n")
+    broken = check(rows, json.loads(LIMITS.read_text()) if LIMITS.exists() else {})
+    print(f"{len(rows)} compilations with triton {triton.__version__}, {len(broken)} broken")
+    print("\n".join(broken))
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Gram matrix of features, out = beta out + alpha (x 1)'(x 1), x (N, D), in Triton: the lower triangle, split over N.
+
+One program owns one tile (i, j), i >= j, of the output and one of S ranges of N; for a ones column one more program for
+each block of columns sums x. They leave float32 partial tiles in a workspace, and a second launch adds the S of them in
+a fixed order (no atomics: the same bits every time), scales, and writes both halves from one value: exactly symmetric
+where out is. Flops: N D (D + 1), half of a full product's. Bytes: at least 2 N D (16-bit) + 4 D^2; each x tile is read
+about D / side times, mostly from L2, and the partials are 8 S bytes for each element of the triangle.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiles
+from .tiles import Tile, cross, triangle
+
+# Tiles by product: the first row whose largest D and N hold the problem. "exact-odd" is for 16-bit rows that cannot be
+# loaded 16 bytes at a time. None needs more than 99 KB of shared memory or spills on sm_80, sm_90, sm_100 (ahead.py):
+# float32 data pass through registers on their way to the tensor cores, and 32 rows a step would spill.
+# Not yet measured on a GPU.
+#   D up to, N up to, tile
+TILES: dict[str, tuple[tuple[float, float, Tile], ...]] = {
+    "exact": ((512, math.inf, Tile(64, 64, 4, 3, 16)), (math.inf, math.inf, Tile(128, 64, 8, 3, 16))),
+    "exact-odd": ((math.inf, math.inf, Tile(64, 64, 4, 4, 16)),),
+    "bf16": ((512, math.inf, Tile(64, 16, 4, 4, 64)), (math.inf, math.inf, Tile(128, 16, 8, 4, 64))),
+    "bf16x3": ((512, math.inf, Tile(64, 16, 4, 4, 64)), (math.inf, math.inf, Tile(128, 16, 8, 4, 64))),
+    "ieee": ((math.inf, math.inf, Tile(64, 16, 4, 3, 64)),),
+}
+SQUARE = 32  # side of what one program of the second launch adds up
+MOST_SPLITS = 64
+FEW_ROWS = 32  # below these the tensor cores have nothing to gain, and float32 costs nothing
+
+
+@triton.jit
+def _gram_kernel(
+    x_ptr, part_ptr, rows, width, blocks, steps_per_split, stride_xn, stride_xd,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Tile `program_id(0)` of the triangle (beyond it: a block of column sums) over split `program_id(1)` of the rows.
+
+    part_ptr: (splits, triangle, SIDE, SIDE), then (splits, blocks, SIDE). Offsets are 64-bit between tiles (N D may
+    exceed 2^31) and 32-bit within one (the launcher sees to it).
+    """
+    tile, split = tl.program_id(0), tl.program_id(1)
+    in_triangle = blocks * (blocks + 1) // 2
+    start = split * steps_per_split * DEPTH
+    length = min(steps_per_split * DEPTH, rows - start)  # below 0 for a split with nothing left to do
+    x_ptr += tl.cast(start, tl.int64) * stride_xn
+    n, lane = tl.arange(0, DEPTH), tl.arange(0, SIDE)
+    at = n[:, None] * stride_xn + lane[None, :] * stride_xd  # (DEPTH, SIDE)
+    step = tl.cast(stride_xn, tl.int64)
+    if tile < in_triangle:
+        row, column = triangle(tile)
+        left = x_ptr + tl.cast(row * SIDE, tl.int64) * stride_xd
+        right = x_ptr + tl.cast(column * SIDE, tl.int64) * stride_xd
+        left_in, right_in = (row * SIDE + lane < width)[None, :], (column * SIDE + lane < width)[None, :]
+        product = cross(
+            left, right, at, at, step, step, left_in, right_in, length, SIDE, SIDE, PRECISION, EVEN, DEPTH, CHUNK
+        )
+        part_ptr += (tl.cast(split, tl.int64) * in_triangle + tile) * (SIDE * SIDE)
+        tl.store(part_ptr + lane[:, None] * SIDE + lane[None, :], product)
+    else:
+        block = tile - in_triangle
+        x_ptr += tl.cast(block * SIDE, tl.int64) * stride_xd
+        sums = tl.zeros((DEPTH, SIDE), tl.float32)
+        for k in range(0, length, DEPTH):
+            inside = (k + n < length)[:, None] & (block * SIDE + lane < width)[None, :]
+            sums += tl.load(x_ptr + k * step + at, mask=inside, other=0.0).to(tl.float32)
+        part_ptr += tl.cast(tl.num_programs(1), tl.int64) * in_triangle * (SIDE * SIDE)
+        tl.store(part_ptr + (split * blocks + block) * SIDE + lane, tl.sum(sums, 0))
+
+
+@triton.jit
+def _blend(place, value, keep, alpha, beta, ADD: tl.constexpr):
+    """Store beta * (what is there) + alpha * value where `keep`; memory is not read unless ADD."""
+    value = alpha * value
+    if ADD:
+        value += beta * tl.load(place, mask=keep, other=0.0)
+    tl.store(place, value, mask=keep)
+
+
+@triton.jit
+def _add_kernel(
+    part_ptr, out_ptr, rows, width, blocks, splits, stride_oi, stride_oj, alpha, beta,
+    ADD: tl.constexpr, SIDE: tl.constexpr, SQUARE: tl.constexpr,
+):  # fmt: skip
+    """Add the splits of one SQUARE x SQUARE part of a tile, or (past the triangle) of one block of column sums, and
+    blend the sum into out on both sides of the diagonal."""
+    in_triangle = blocks * (blocks + 1) // 2
+    PER_SIDE: tl.constexpr = SIDE // SQUARE
+    program = tl.program_id(0)
+    split_step = tl.cast(in_triangle, tl.int64) * (SIDE * SIDE)
+    step_i, step_j = tl.cast(stride_oi, tl.int64), tl.cast(stride_oj, tl.int64)
+    if program < in_triangle * PER_SIDE * PER_SIDE:
+        tile, square = program // (PER_SIDE * PER_SIDE), program % (PER_SIDE * PER_SIDE)
+        row, column = triangle(tile)
+        lane = tl.arange(0, SQUARE)
+        r, c = (square // PER_SIDE) * SQUARE + lane, (square % PER_SIDE) * SQUARE + lane  # within the tile
+        place = part_ptr + tl.cast(tile, tl.int64) * (SIDE * SIDE) + r[:, None] * SIDE + c[None, :]
+        total = tl.zeros((SQUARE, SQUARE), tl.float32)
+        for _ in range(splits):
+            total += tl.load(place)
+            place += split_step
+        i, j = (row * SIDE + r)[:, None], (column * SIDE + c)[None, :]
+        inside = (i < width) & (j < width)
+        _blend(out_ptr + i * step_i + j * step_j, total, inside & (i >= j), alpha, beta, ADD)
+        _blend(out_ptr + j * step_i + i * step_j, total, inside & (i > j), alpha, beta, ADD)
+    else:
+        block = program - in_triangle * PER_SIDE * PER_SIDE
+        lanes = tl.arange(0, SIDE)
+        sums_ptr = part_ptr + splits * split_step + block * SIDE + lanes
+        sums = tl.zeros((SIDE,), tl.float32)
+        for _ in range(splits):
+            sums += tl.load(sums_ptr)
+            sums_ptr += blocks * SIDE
+        d = block * SIDE + lanes
+        _blend(out_ptr + width * step_i + d * step_j, sums, d < width, alpha, beta, ADD)
+        _blend(out_ptr + d * step_i + width * step_j, sums, d < width, alpha, beta, ADD)
+        _blend(out_ptr + width * (step_i + step_j), rows.to(tl.float32), block == 0, alpha, beta, ADD)
+
+
+def choose_tile(x: Tensor, product: str) -> Tile:
+    """The tile for x (N, D) from `TILES`."""
+    rows, width = x.shape
+    by_rows = x.stride(1) == 1 and x.stride(0) % 16 == 0
+    by_columns = x.stride(0) == 1 and x.stride(1) % 16 == 0 and rows % 16 == 0
+    vectors = x.data_ptr() % 16 == 0 and width % 16 == 0 and (by_rows or by_columns)
+    table = TILES["exact-odd" if product == "exact" and not vectors else product]
+    return next(tile for most_width, most_rows, tile in table if width <= most_width and rows <= most_rows)
+
+
+def choose_splits(programs: int, steps: int, processors: int) -> int:
+    """Into how many ranges of rows to split, so that the last wave of programs is full.
+
+    Costs in steps: a split more costs its programs' partial tiles, written and read, about 8 steps a program: an estimate
+    for 128 x 128 tiles from arithmetic, not measured on a GPU yet.
+    """
+
+    def cost(splits: int) -> int:
+        return -(-programs * splits // processors) * (-(-steps // splits) + (8 if splits > 1 else 0))
+
+    return min(range(1, max(1, min(MOST_SPLITS, steps // 4)) + 1), key=cost)
+
+
+def supports(
+    x: Tensor,
+    *,
+    out: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    ones_column: bool = False,
+    precision: str = "ieee",
+) -> str | None:
+    """Why this kernel cannot take the arguments, or None."""
+    if out is not None and x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() and x.numel():
+        return "out shares memory with x, which the kernel still reads when it writes out"
+    return tiles.unfit(x)
+
+
+def worthwhile(
+    x: Tensor,
+    *,
+    out: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    ones_column: bool = False,
+    precision: str = "ieee",
+) -> str | None:
+    """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
+    width = x.shape[-1]
+    flops = x.numel() * width  # of the triangle
+    if flops < 1 << 27:
+        return "below 2^27 flops the launches cost more than the product (an expectation, not yet measured)"
+    if tiles.product(x.dtype, precision) == "ieee":
+        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
+    return None
+
+
+def gram(
+    x: Tensor,
+    *,
+    out: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    ones_column: bool = False,
+    precision: str = "ieee",
+) -> Tensor:
+    """See `hvpfast.ops.gram`; `precision` is that of float32 data ("auto" is "bf16x3")."""
+    width = x.shape[-1]
+    flat = x.reshape(math.prod(x.shape[:-1]), width)  # a view wherever the leading axes allow one
+    if out is None:
+        out = x.new_empty((width + bool(ones_column),) * 2, dtype=torch.float32)
+    product = "ieee" if x.dtype is torch.float32 and len(flat) < FEW_ROWS else tiles.product(x.dtype, precision)
+    tile = choose_tile(flat, product)
+    blocks = max(1, -(-width // tile.side))
+    programs = blocks * (blocks + 1) // 2 + blocks * bool(ones_column)
+    splits = choose_splits(programs, -(-len(flat) // tile.depth), tiles.facts(x.device).processors)
+    if out.numel():
+        with tiles.on_device(x):
+            launch(flat, out, alpha, beta, bool(ones_column), product, tile, splits)
+    return out
+
+
+def launch(
+    x: Tensor, out: Tensor, alpha: float, beta: float, ones_column: bool, product: str, tile: Tile, splits: int
+) -> None:
+    """Run with a given tile and count of splits: x (N, D), out (D, D) or (D + 1, D + 1)."""
+    rows, width = x.shape
+    blocks = max(1, -(-width // tile.side))
+    in_triangle, sums = blocks * (blocks + 1) // 2, blocks * ones_column
+    steps_per_split = max(1, -(-rows // (tile.depth * splits)))
+    if tile.depth * x.stride(0) + tile.side * x.stride(1) >= 1 << 31:
+        x = x.contiguous()  # the kernel's offsets within a tile are 32-bit
+    part = x.new_empty(splits * (in_triangle * tile.side**2 + sums * tile.side), dtype=torch.float32)
+    _gram_kernel[in_triangle + sums, splits](
+        x, part, rows, width, blocks, steps_per_split, *x.stride(),
+        PRECISION=product, EVEN=width % tile.side == 0 and rows % tile.depth == 0 and width > 0,
+        SIDE=tile.side, DEPTH=tile.depth, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    _add_kernel[(in_triangle * (tile.side // SQUARE) ** 2 + sums,)](
+        part, out, rows, width, blocks, splits, *out.stride(), alpha, beta,
+        ADD=beta != 0, SIDE=tile.side, SQUARE=SQUARE, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
