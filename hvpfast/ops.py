@@ -117,7 +117,7 @@ def gram(
         TypeError: not a real floating tensor, or `out` of another dtype than the result's.
         ValueError: `out` of another shape or device, or beta without `out`.
     """
-    rows = _wide(x).reshape(-1, x.shape[-1])
+    rows = _wide(x).reshape(x.shape[:-1].numel(), x.shape[-1])
     if ones_column:
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
     product = rows.T @ rows
@@ -224,9 +224,10 @@ def sample_dots(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
     directions = w if w.dim() == 3 else w[None]
     k = _columns(a, g)
     g = _wide(g).reshape(k, n * t, o)
-    image = a.reshape(n * t, i) @ directions.reshape(-1, i).T  # (N T, K O): a_t' w for each direction
-    image = image.reshape(n * t, directions.shape[0], o)
-    dots = torch.einsum("kpo,pdo->kpd", g, image).reshape(k, n, t, -1).sum(2).reshape(k * n, -1)
+    count = directions.shape[0]
+    image = a.reshape(n * t, i) @ directions.reshape(count * o, i).T  # (N T, K O): a_t' w for each direction
+    image = image.reshape(n * t, count, o)
+    dots = torch.einsum("kpo,pdo->kpd", g, image).reshape(k, n, t, count).sum(2).reshape(k * n, count)
     return dots if w.dim() == 3 else dots[:, 0]
 
 
@@ -251,10 +252,11 @@ def weighted_grad(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
     """
     n, t, i = a.shape
     o, k = g.shape[2], _columns(a, g)
-    a, weights = _wide(a), _wide(c).reshape(k, n, -1)
+    count = c.shape[1] if c.dim() == 2 else 1
+    a, weights = _wide(a), _wide(c).reshape(k, n, count)
     # Rows of g that share an input are summed first, weighted: the product with `a` is then as large as for K = 1.
     mixed = torch.einsum("knto,knd->dnto", _wide(g).reshape(k, n, t, o), weights)
-    sums = mixed.reshape(-1, n * t, o).mT @ a.reshape(n * t, i)
+    sums = mixed.reshape(count, n * t, o).mT @ a.reshape(n * t, i)
     return sums if c.dim() == 2 else sums[0]
 
 
@@ -277,7 +279,7 @@ def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
     i, o = a.shape[2], g.shape[2]
     a, g = _wide(a), _wide(g)
     if a.shape[1] == 1:
-        total = g.reshape(-1, o).square().T @ _repeat(a, g).reshape(-1, i).square()
+        total = g.reshape(g.shape[0], o).square().T @ _repeat(a, g).reshape(g.shape[0], i).square()
     else:
         total = g.new_zeros(o, i)
         for rows in _row_chunks(g.shape[0], i * o):

@@ -1,0 +1,155 @@
+"""The op tests' table: which sizes, variants and backends every op is held against its reference on.
+
+A new kernel needs no new test; a size that reaches one of its regimes (a block boundary, a split) is a row of `SIZES`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvpfast import dispatch, ops
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Size(NamedTuple):
+    """N samples, T positions, I and O features, K columns."""
+
+    n: int
+    t: int
+    i: int
+    o: int
+    k: int
+
+
+SIZES = (
+    Size(1, 1, 1, 1, 1),
+    Size(3, 1, 17, 3, 1),
+    Size(17, 1, 63, 65, 3),
+    Size(65, 1, 65, 17, 1),
+    Size(63, 1, 3, 63, 3),
+    Size(2, 3, 17, 1, 3),
+    Size(3, 17, 65, 63, 1),
+    Size(5, 65, 17, 3, 1),
+    Size(1, 63, 1, 65, 3),
+    # nothing to add up, or nowhere to add it
+    Size(0, 1, 5, 3, 1),
+    Size(0, 4, 5, 3, 3),
+    Size(4, 0, 5, 3, 1),
+    Size(3, 2, 0, 4, 1),
+    Size(3, 2, 4, 0, 1),
+)
+# Sizes at which kernels block, split or go parallel; in one layout only.
+LARGE = (Size(300, 1, 130, 7, 1), Size(2, 129, 33, 70, 2), Size(1, 700, 48, 16, 1), Size(9, 40, 257, 31, 1))
+# Triton's interpreter takes up to a second a call: every size and variant in one layout and float32, a few in the others.
+INTERPRETED_SIZES = (Size(3, 17, 65, 63, 1), Size(17, 1, 63, 65, 3), Size(0, 4, 5, 3, 3), Size(2, 3, 17, 1, 3))
+
+# What may be passed besides the tensors; a bare `{}` is the plain call.
+VARIANTS: dict[str, tuple[dict, ...]] = {
+    "gram": (
+        {},
+        {"ones_column": True},
+        {"alpha": 0.25, "beta": 0.5},
+        {"alpha": -2.0, "beta": 1.0, "ones_column": True},
+        {"alpha": 0.5},
+    ),
+}
+
+
+def implementations() -> list[tuple[str, str]]:
+    """(op, backend) for every backend that an op names, the reference first; whether it can run here is not asked."""
+    return [(name, backend) for name, each in dispatch.OPS.items() for backend in ("reference", *each.backends)]
+
+
+def varied(name: str, args: tuple, kwargs: dict, variant: dict) -> dict:
+    """Keyword arguments of one variant: `out` has its shape, poisoned, or readable values where it is read."""
+    kwargs = {**kwargs, **variant}
+    if "out" not in kwargs:
+        return kwargs
+    plain = {key: value for key, value in kwargs.items() if key not in ("out", "beta")}
+    with torch.no_grad():
+        shape = dispatch.OPS[name].reference(*args, **plain).shape
+    out = torch.full(shape, math.nan, dtype=ops.accumulate_dtype(args[0].dtype), device=args[0].device)
+    if kwargs.get("beta", 0) != 0:
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+        out.copy_(values + values.mT)  # a running average of a symmetric matrix is symmetric
+    return {**kwargs, "out": out}
+
+
+# Every op again, one sample at a time and without a clever step: what proves the references. -------------------------
+
+
+def _own_gradients(a: Tensor, g: Tensor) -> list[Tensor]:
+    """(O, I) for each row of g: the gradient of <g_m, a_m W'> in W, by autograd."""
+    weight = torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype, requires_grad=True)
+    return [
+        torch.autograd.grad((torch.nn.functional.linear(a[m % a.shape[0]], weight) * g[m]).sum(), weight)[0]
+        for m in range(g.shape[0])
+    ]
+
+
+def _stack(rows: list[Tensor], *empty: int) -> Tensor:
+    return torch.stack(rows) if rows else torch.zeros(0, *empty, dtype=torch.float64)
+
+
+def _gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
+    width = x.shape[-1] + ones_column
+    total = torch.zeros(width, width, dtype=x.dtype) if beta == 0 else beta * out
+    for row in x.reshape(math.prod(x.shape[:-1]), x.shape[-1]):
+        feature = torch.cat([row, row.new_ones(1)]) if ones_column else row
+        total = total + alpha * torch.outer(feature, feature)
+    return total
+
+
+def _sample_grads(a, g, *, out=None):
+    return _stack(_own_gradients(a, g), g.shape[2], a.shape[2])
+
+
+def _sample_norms_squared(a, g):
+    return _stack([(grad**2).sum() for grad in _own_gradients(a, g)])
+
+
+def _sample_dots(a, g, w):
+    columns = [_stack([(grad * each).sum() for grad in _own_gradients(a, g)]) for each in (w if w.dim() == 3 else [w])]
+    return torch.stack(columns, 1) if w.dim() == 3 else columns[0]
+
+
+def _weighted_grad(a, g, c):
+    total = torch.zeros(*c.shape[1:], g.shape[2], a.shape[2], dtype=a.dtype)
+    for weight, grad in zip(c, _own_gradients(a, g), strict=True):
+        total = total + (weight[:, None, None] * grad if c.dim() == 2 else weight * grad)
+    return total
+
+
+def _second_moment(a, g, *, out=None):
+    return sum((grad**2 for grad in _own_gradients(a, g)), torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype))
+
+
+def _softmax_hvp(logits, v, *, weight=None):
+    classes = logits.shape[-1]
+    product = torch.zeros_like(v)
+    if classes == 0:
+        return product
+    for index in torch.cartesian_prod(*(torch.arange(s) for s in v.shape[:-1])).reshape(-1, v.dim() - 1).tolist():
+        row = tuple(index[v.dim() - logits.dim() :])
+        target = torch.tensor(sum(index) % classes)  # the Hessian is the same for every label
+        _, one = torch.autograd.functional.vhp(
+            lambda f, label=target: torch.nn.functional.cross_entropy(f, label), logits[row], v[tuple(index)]
+        )
+        product[tuple(index)] = one if weight is None else weight[row] * one
+    return product
+
+
+TRUTHS = {
+    "gram": _gram,
+    "sample_grads": _sample_grads,
+    "sample_norms_squared": _sample_norms_squared,
+    "sample_dots": _sample_dots,
+    "weighted_grad": _weighted_grad,
+    "second_moment": _second_moment,
+    "softmax_hvp": _softmax_hvp,
+}

@@ -1,0 +1,17 @@
+"""Set before anything is imported: Triton kernels run in its interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def clean_env(monkeypatch):
+    """The environment for a subprocess that must see none of hvpfast's or Triton's settings of this one."""
+    for name in [name for name in os.environ if name.startswith(("HVPFAST_", "TRITON_"))]:
+        monkeypatch.delenv(name)
+    return dict(os.environ)

@@ -1,0 +1,254 @@
+"""Every op on every backend that runs here, held against its reference; the references against loops and autograd."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import DTYPES, INTERPRETED_SIZES, LARGE, SIZES, TRUTHS, VARIANTS, Size, implementations, varied
+
+from hvpfast import dispatch, ops
+from hvpfast.testing import LAYOUTS, STATED_BOUND, assert_accurate, error, laid_out, make_inputs
+
+IMPLEMENTATIONS = implementations()
+KERNELS = [(name, backend) for name, backend in IMPLEMENTATIONS if backend != "reference"]
+
+
+def running(name: str, backend: str):
+    """The op bound to a backend, or a skip that says why it cannot run here."""
+    reason = dispatch.OPS[name].why_not(backend)
+    if reason is not None:
+        pytest.skip(f"{backend}: {reason}")
+    return dispatch.OPS[name].on(backend)
+
+
+def device_of(backend: str) -> str:
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def tensors(args: tuple, kwargs: dict) -> list[torch.Tensor]:
+    return [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+
+
+def interpreted(backend: str) -> bool:
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
+def holds_all(
+    name: str, backend: str, sizes: tuple[Size, ...], dtype: torch.dtype, layout: str, precision: str = "ieee"
+) -> None:
+    """`holds` for each size; skips, saying why, if the backend takes none of them."""
+    ran = sum(holds(name, backend, size, dtype, layout, precision) for size in sizes)
+    if ran == 0:
+        args, kwargs = make_inputs(name, dtype=dtype, device=device_of(backend))
+        pytest.skip(f"{backend}: {dispatch.OPS[name].why_not(backend, *args, **kwargs)}")
+
+
+def holds(name: str, backend: str, size: Size, dtype: torch.dtype, layout: str, precision: str = "ieee") -> int:
+    """Hold one op on one backend against the reference, with every variant; returns how many could run.
+
+    Also held: nothing is written but the result, `out` is what is returned, and a second call gives the same bits.
+    """
+    op, ran = dispatch.OPS[name], 0
+    for variant in VARIANTS.get(name, ({},)):
+        args, kwargs = make_inputs(
+            name, **size._asdict(), dtype=dtype, device=device_of(backend), layout=layout, seed=size.t
+        )
+        kwargs = varied(name, args, kwargs, variant)
+        with dispatch.precision(precision):
+            if op.why_not(backend, *args, **kwargs) is not None:
+                continue
+            given = [x.clone() for x in tensors(args, kwargs)]
+            before = {key: value.clone() if key == "out" else value for key, value in kwargs.items()}
+            result = op.on(backend)(*args, **kwargs)
+            again = dict(kwargs, out=before["out"].clone()) if "out" in kwargs else kwargs
+            try:
+                if "out" in kwargs:
+                    assert result is kwargs["out"], "the result is not `out`"
+                for x, was in zip(tensors(args, kwargs), given, strict=True):
+                    assert x is kwargs.get("out") or torch.equal(x, was), "an input was written to"
+                assert torch.equal(op.on(backend)(*args, **again), result), "a second call gave other bits"
+                bound = "bf16x3" if precision == "auto" else precision
+                assert_accurate(result, op, *args, precision=bound, **before)
+            except AssertionError as wrong:
+                raise AssertionError(f"{name} on {backend}, {size}, {dtype}, {layout}, {variant}: {wrong}") from wrong
+        ran += 1
+    return ran
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_against_the_reference(name, backend, dtype, layout):
+    running(name, backend)
+    thorough = not interpreted(backend) or (dtype is torch.float32 and layout == "contiguous")
+    holds_all(name, backend, SIZES if thorough else INTERPRETED_SIZES, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
+def test_sizes_that_split(name, backend, dtype):
+    running(name, backend)
+    holds_all(name, backend, LARGE[:1] if interpreted(backend) else LARGE, dtype, "contiguous")
+
+
+@pytest.mark.parametrize("precision", ("auto", "bf16x3", "bf16"))
+@pytest.mark.parametrize(("name", "backend"), KERNELS)
+def test_reduced_precision_keeps_its_stated_bound(name, backend, precision):
+    running(name, backend)
+    assert precision == "auto" or precision in STATED_BOUND
+    sizes = INTERPRETED_SIZES if interpreted(backend) else (*SIZES, *LARGE)
+    holds_all(name, backend, sizes, torch.float32, "contiguous", precision)
+
+
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in KERNELS if pair[1] != "triton"])
+@pytest.mark.parametrize("threads", (1, 2, 5))
+def test_threads(name, backend, threads):
+    running(name, backend)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        holds_all(name, backend, (*SIZES, *LARGE), torch.float32, "strided")
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", TRUTHS)
+def test_the_reference_is_the_formula(name):
+    for size in SIZES:
+        for variant in VARIANTS.get(name, ({},)):
+            args, kwargs = make_inputs(name, **size._asdict(), dtype=torch.float64, seed=3)
+            kwargs = varied(name, args, kwargs, variant)
+            before = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in kwargs.items()}
+            truth = TRUTHS[name](*args, **before)
+            got = dispatch.OPS[name].reference(*args, **kwargs)
+            assert got.shape == truth.shape, (size, variant)
+            assert max(error(got, truth)) < 1e-13, (size, variant)
+
+
+def test_every_op_is_proven_and_has_inputs():
+    assert set(TRUTHS) == set(dispatch.OPS)
+    for name in dispatch.OPS:
+        args, kwargs = make_inputs(name)
+        assert args
+        if "out" in kwargs:
+            assert kwargs["out"].isnan().all()
+
+
+@pytest.mark.parametrize("name", dispatch.OPS)
+def test_results_are_wide_and_fresh(name):
+    for dtype in DTYPES:
+        args, kwargs = make_inputs(name, dtype=dtype)
+        kwargs.pop("out", None)
+        result = dispatch.OPS[name](*args, **kwargs)
+        assert result.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert all(result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in args)
+
+
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_shapes_of_the_leading_axes(name, backend):
+    """Ops over `(..., features)` take any number of leading axes."""
+    if name not in ("gram", "softmax_hvp"):
+        pytest.skip("the op takes (N, T, I)")
+    op = running(name, backend)
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((7,), (5, 7), (2, 3, 7), (2, 3, 2, 7), (2, 1, 3, 1, 7)):
+        x = torch.randn(*shape, generator=generator).to(device_of(backend))
+        for y in (x, x.transpose(0, -1).contiguous().transpose(0, -1), laid_out(x, "strided")):
+            args = (y,) if name == "gram" else (y, y.flip(-1))
+            with dispatch.precision("ieee"):
+                assert_accurate(op(*args), dispatch.OPS[name], *args)
+
+
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_out_in_any_layout(name, backend):
+    op = running(name, backend)
+    args, kwargs = make_inputs(name, n=3, t=2, i=17, o=5, dtype=torch.float32, device=device_of(backend))
+    if "out" not in kwargs:
+        pytest.skip("the op has no out")
+    for layout in LAYOUTS:
+        out = laid_out(kwargs["out"], layout)
+        surroundings = out._base.clone() if out._base is not None else None
+        with dispatch.precision("ieee"):
+            assert op(*args, out=out) is out
+        assert_accurate(out, dispatch.OPS[name], *args)
+        if surroundings is not None:
+            written = out._base.clone()
+            torch.as_strided(written, out.shape, out.stride(), out.storage_offset()).fill_(math.nan)
+            assert written.isnan().all(), f"{layout}: written beside out"
+
+
+@pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_non_finite_input_shows(name, backend, value):
+    """Where the exact result is NaN or inf, a backend's is not finite either; elsewhere it is not disturbed."""
+    op = running(name, backend)
+    for t in (1, 3):
+        args, kwargs = make_inputs(name, n=3, t=t, i=19, o=4, device=device_of(backend))
+        args[0][1, 0, 2] = value
+        if (reason := dispatch.OPS[name].why_not(backend, *args, **kwargs)) is not None:
+            pytest.skip(f"{backend}: {reason}")
+        exact = dispatch.OPS[name].reference(*args, **kwargs).clone()
+        assert name == "softmax_hvp" or not exact.isfinite().all()  # a logit of -inf is a class of no probability
+        got = op(*args, **kwargs)
+        assert torch.equal(got.isfinite(), exact.isfinite()), (t, backend)
+
+
+# bad input ------------------------------------------------------------------------------------------------------------
+
+A, G = torch.zeros(4, 2, 5), torch.zeros(8, 2, 3)
+PAIRED = ("sample_grads", "sample_norms_squared", "sample_dots", "weighted_grad", "second_moment")
+THIRD = {"sample_dots": (torch.zeros(3, 5),), "weighted_grad": (torch.zeros(8),)}
+BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
+    ("gram", ([[1.0]],), {}, TypeError, "x is a list; it must be a torch.Tensor"),
+    ("gram", (torch.zeros(2, 3, dtype=torch.int64),), {}, TypeError, "x is torch.int64; .* convert it first"),
+    ("gram", (torch.zeros(2, 3, dtype=torch.complex64),), {}, TypeError, "x is torch.complex64"),
+    ("gram", (torch.tensor(1.0),), {}, ValueError, "x is a scalar"),
+    ("gram", (A,), {"beta": 0.5}, ValueError, "beta is 0.5 but there is no out"),
+    ("gram", (A,), {"out": torch.zeros(6, 6)}, ValueError, r"out has shape \(6, 6\); it must be \(5, 5\)"),
+    ("gram", (A,), {"out": torch.zeros(5, 5), "ones_column": True}, ValueError, r"it must be \(6, 6\)"),
+    ("gram", (A,), {"out": torch.zeros(5, 5).double()}, TypeError, "out is torch.float64; results for torch.float32"),
+    ("gram", (A,), {"out": torch.zeros(5, 5, device="meta")}, ValueError, "out is on meta but the inputs are on cpu"),
+    ("gram", (A.to("meta"),), {"out": torch.zeros(5, 5)}, ValueError, "out is on cpu but the inputs are on meta"),
+    ("sample_grads", (A, G), {"out": torch.zeros(4, 3, 5)}, ValueError, r"it must be \(8, 3, 5\)"),
+    ("second_moment", (A, G), {"out": torch.zeros(5, 3)}, ValueError, r"it must be \(3, 5\)"),
+    ("sample_dots", (A, G, torch.zeros(5, 3)), {}, ValueError, r"w has shape \(5, 3\); .*\(3, 5\)"),
+    ("sample_dots", (A, G, torch.zeros(15)), {}, ValueError, r"w has shape \(15,\)"),
+    ("sample_dots", (A, G, torch.zeros(3, 5).double()), {}, TypeError, "a is torch.float32 but w is torch.float64"),
+    ("weighted_grad", (A, G, torch.zeros(4)), {}, ValueError, r"c has shape \(4,\); .* with M = 8"),
+    ("weighted_grad", (A, G, torch.zeros(8, 1, 1)), {}, ValueError, r"c has shape \(8, 1, 1\)"),
+    ("softmax_hvp", (A, torch.zeros(4, 2, 6)), {}, ValueError, r"logits have shape \(4, 2, 5\) and v \(4, 2, 6\)"),
+    ("softmax_hvp", (A, torch.zeros(5)), {}, ValueError, r"v \(5,\)"),
+    ("softmax_hvp", (torch.tensor(1.0), torch.tensor(1.0)), {}, ValueError, r"logits have shape \(\)"),
+    ("softmax_hvp", (A, A), {"weight": torch.zeros(4)}, ValueError, r"weight has shape \(4,\); it must be \(4, 2\)"),
+    ("softmax_hvp", (A, A.half()), {}, TypeError, "logits is torch.float32 but v is torch.float16"),
+    ("softmax_hvp", (A, A.to("meta")), {}, ValueError, "logits is on cpu but v is on meta"),
+    *(
+        (name, (*pair, *THIRD.get(name, ())), {}, kind, f"{name}: {message}")
+        for name in PAIRED
+        for pair, kind, message in (
+            ((A, torch.zeros(6, 2, 3)), ValueError, r"a has 4 rows but g has 6; .*g\[m\] pairs with a\[m % N\]"),
+            ((torch.zeros(0, 2, 5), G), ValueError, "a has 0 rows but g has 8"),
+            ((A[:, 0], G), ValueError, r"a has shape \(4, 5\) .*unsqueeze\(1\)"),
+            ((A, torch.zeros(8, 3, 3)), ValueError, "a has T = 2 positions but g has 3"),
+            ((A, G.double()), TypeError, "a is torch.float32 but g is torch.float64; convert one"),
+            ((A, G.long()), TypeError, "g is torch.int64; it must be a real floating dtype"),
+            ((A, G.to("meta")), ValueError, "a is on cpu but g is on meta; move one of them"),
+            ((A, None), TypeError, "g is a NoneType"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "args", "kwargs", "kind", "message"), BAD)
+def test_bad_input_is_named(name, args, kwargs, kind, message):
+    op = getattr(ops, name)
+    for call in (op, op.on("reference"), op.choose, *(op.on(backend) for backend in op.backends)):
+        with pytest.raises(kind, match=message) as caught:
+            call(*args, **kwargs)
+        assert str(caught.value).startswith(f"{name}: ")
+
+
+def test_every_op_has_bad_input_tested():
+    assert {name for name, *_ in BAD} == set(dispatch.OPS)
