@@ -17,11 +17,23 @@ def _load(device: str) -> ModuleType | str:
     if device not in _modules:
         try:
             _modules[device] = importlib.import_module(f"hvpfast.kernels._{device}")
+            if device == "cpu":
+                _modules[device].allow_threads(_openmp_reason() is None)
         except ImportError as error:
             _modules[device] = f"not built: {build_report().get(device, 'no record of a build; reinstall hvpfast')}"
             if any(Path(__file__).parent.glob(f"_{device}.*")):
                 _modules[device] = f"built, but it cannot be loaded: {error}"
     return _modules[device]
+
+
+def _openmp_reason() -> str | None:
+    """Why the CPU kernels run on one thread, or None: a second OpenMP library would mean a second pool of threads."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    files = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if line.count(" ") > 4 and "/" in line}
+    found = sorted(name for name in files if any(part in Path(name).name for part in ("libgomp", "libiomp", "libomp")))
+    return None if len(found) < 2 else f"{len(found)} OpenMP libraries are loaded: {', '.join(found)}"
 
 
 def build_report() -> dict[str, str]:

@@ -1,0 +1,47 @@
+"""The CPU kernels' instruction-set tiers: detection, forcing, and the shared OpenMP library."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tiers
+
+pytestmark = pytest.mark.skipif(tiers.WHY_NONE is not None, reason=str(tiers.WHY_NONE))
+
+
+def test_every_tier_is_named_and_the_portable_one_always_runs():
+    with tiers.forced("portable") as module:
+        assert tuple(module.tiers()) == tiers.TIERS
+        assert module.tier() == "portable"
+
+
+def test_an_unknown_tier_is_refused_by_name():
+    with tiers.forced("portable") as module, pytest.raises(RuntimeError, match="'sse9'.*portable, avx2, avx512 or amx"):
+        module.force_tier("sse9")
+
+
+@pytest.mark.parametrize("tier", tiers.TIERS)
+def test_the_environment_forces_a_tier_or_says_why_not(tier, tmp_path):
+    command = "import hvpfast.kernels.native as n; print(n.missing('cpu') or n._modules['cpu'].tier())"
+    run = [sys.executable, "-c", command]
+    done = subprocess.run(
+        run, env={**os.environ, "HVPFAST_CPU": tier}, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    said = done.stdout.strip()
+    assert said == tier or f"HVPFAST_CPU={tier}: tier {tier} cannot run: " in said
+
+
+def test_a_misspelt_tier_in_the_environment_is_an_error(tmp_path):
+    command = "import hvpfast.kernels.native as n; print(n.missing('cpu'))"
+    run = [sys.executable, "-c", command]
+    done = subprocess.run(
+        run, env={**os.environ, "HVPFAST_CPU": "fast"}, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "'fast'" in done.stdout
+
+
+def test_one_openmp_library_serves_torch_and_the_kernels():
+    if not sys.platform.startswith("linux"):
+        pytest.skip("read from /proc")
+    assert tiers.native._openmp_reason() is None
