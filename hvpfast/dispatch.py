@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PRECISIONS = ("auto", "ieee", "bf16x3", "bf16")
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # order of preference by device; the reference comes last
+_DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}  # cpu: under Triton's interpreter
 
 OPS: dict[str, Op] = {}
 
@@ -146,11 +147,12 @@ class Op:
         if candidates is None:
             candidates = self._candidates(device)
         if candidates and _untouchable(args, kwargs) is None:
+            extended = {**kwargs, "precision": _state.precision}
             for one in candidates:
-                if (one.unfit is None or one.unfit(*args, precision=_state.precision, **kwargs) is None) and (
-                    one.slower is None or one.slower(*args, precision=_state.precision, **kwargs) is None
+                if (one.unfit is None or one.unfit(*args, **extended) is None) and (
+                    one.slower is None or one.slower(*args, **extended) is None
                 ):
-                    return one.run(*args, precision=_state.precision, **kwargs)
+                    return _run(one, args, extended)
         return self.reference(*args, **kwargs)
 
     def on(self, name: str) -> Callable:
@@ -206,6 +208,9 @@ class Op:
             return one
         if not args and not kwargs:
             return None
+        device = _device(args, kwargs)
+        if device not in _DEVICES[name]:
+            return f"the tensors are on {device}; it takes those on {' or '.join(_DEVICES[name])}"
         reason = _untouchable(args, kwargs)
         if reason is None and one.unfit is not None:
             reason = one.unfit(*args, precision=_state.precision, **kwargs)
@@ -217,7 +222,7 @@ class Op:
         reason = self.why_not(name, *args, **kwargs)
         if reason is not None:
             raise self._refusal(name, reason)
-        return self._loaded[name].run(*args, precision=_state.precision, **kwargs)
+        return _run(self._loaded[name], args, {**kwargs, "precision": _state.precision})
 
     def _refusal(self, name: str, reason: str) -> BackendError:
         return BackendError(
@@ -308,28 +313,62 @@ def backends() -> Backends:
     return Backends((name, where, each.why_not(where)) for name, each in OPS.items() for where in BACKENDS)
 
 
+def _run(one: _Implementation, args: tuple, kwargs: dict):
+    """Run an implementation; autograd learns that `out` was written, as it would of any in-place operation."""
+    result = one.run(*args, **kwargs)
+    if kwargs.get("out") is not None:
+        torch.autograd.graph.increment_version(kwargs["out"])
+    return result
+
+
 _functorch_level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
-_PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_strided = torch.strided
+_Parameter = torch.nn.Parameter
 
 
 def _untouchable(args: tuple, kwargs: dict) -> str | None:
     """Why no kernel may touch these tensors (only the reference can be differentiated, traced or transformed)."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return "torch.compile is tracing"
     if _functorch_level() is not None:
         return "the call is inside a torch.func transform (vmap, grad, jvp, ...)"
     if forward_ad._current_level >= 0:
         return "the call is inside forward-mode differentiation"
-    graph = torch.is_grad_enabled()
+    if _dispatch_modes():
+        return "a torch dispatch mode (make_fx, FakeTensorMode, FlopCounterMode, ...) watches the call"
+    if _jit_trace() is not None:
+        return "torch.jit.trace is tracing"
+    graph = _is_grad_enabled()
     for value in (*args, *kwargs.values()) if kwargs else args:
-        for one in value if type(value) in (list, tuple) else (value,):
-            if isinstance(one, Tensor):
-                if graph and one.requires_grad:
-                    return "an argument requires grad, and only the reference is differentiable"
-                if type(one) not in _PLAIN:
-                    return f"an argument is a {type(one).__name__}, not a plain tensor"
-                if one.layout is not torch.strided:
-                    return f"an argument has layout {one.layout}, not torch.strided"
+        kind = type(value)
+        if kind is Tensor or kind is _Parameter:  # the common case first: this runs on every call
+            if (graph and value.requires_grad) or value.layout is not _strided or value.is_neg():
+                return _why_untouchable(value, graph)
+        elif kind is list or kind is tuple:
+            for one in value:
+                reason = _why_untouchable(one, graph)
+                if reason is not None:
+                    return reason
+        elif isinstance(value, Tensor):
+            return _why_untouchable(value, graph)
+    return None
+
+
+def _why_untouchable(value: object, graph: bool) -> str | None:
+    if not isinstance(value, Tensor):
+        return None
+    if type(value) not in (Tensor, _Parameter):
+        return f"an argument is a {type(value).__name__}, not a plain tensor"
+    if graph and value.requires_grad:
+        return "an argument requires grad, and only the reference is differentiable"
+    if value.layout is not _strided:
+        return f"an argument has layout {value.layout}, not torch.strided"
+    if value.is_neg():
+        return "an argument is a lazily negated view; resolve_neg() makes it plain"
     return None
 
 
@@ -337,4 +376,4 @@ def _device(args: tuple, kwargs: dict) -> str:
     first = args[0] if args else next(iter(kwargs.values()))
     while not isinstance(first, Tensor):
         first = first[0]
-    return first.device.type
+    return "cpu" if first.is_cpu else first.device.type

@@ -44,33 +44,51 @@ def _floats(name: str, **tensors: Tensor) -> None:
             raise ValueError(f"{name}: {first[0]} is on {first[2]} but {label} is on {x.device}; move one of them")
 
 
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether both are floating tensors of one dtype on one device: the usual case, found out without a reason."""
+    return (
+        isinstance(x, Tensor)
+        and isinstance(y, Tensor)
+        and x.dtype is y.dtype
+        and x.is_floating_point()
+        and ((x.is_cpu and y.is_cpu) or x.device == y.device)
+    )
+
+
 def _output(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise unless `out` can take a result of this shape for inputs like `like`."""
     if out is None:
         return
-    if tuple(out.shape) != shape:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name}: out is a {type(out).__name__}; it must be a torch.Tensor")
+    if out.shape != shape:
         raise ValueError(f"{name}: out has shape {tuple(out.shape)}; it must be {shape}")
-    if out.dtype != accumulate_dtype(like.dtype):
+    if out.dtype is not accumulate_dtype(like.dtype):
         raise TypeError(f"{name}: out is {out.dtype}; results for {like.dtype} are {accumulate_dtype(like.dtype)}")
-    if out.device != like.device:
+    if not (out.is_cpu and like.is_cpu) and out.device != like.device:
         raise ValueError(f"{name}: out is on {out.device} but the inputs are on {like.device}")
+    if not out.is_contiguous() and any(
+        step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)
+    ):
+        raise ValueError(f"{name}: out is an expanded view, whose elements share memory; pass a tensor of its own")
 
 
 def _pair(name: str, a: Tensor, g: Tensor) -> None:
     """Raise unless a (N, T, I) and g (M, T, O) pair as g[m] with a[m % N]."""
-    _floats(name, a=a, g=g)
+    if not _alike(a, g):
+        _floats(name, a=a, g=g)
     if a.dim() != 3 or g.dim() != 3:
         raise ValueError(
             f"{name}: a has shape {tuple(a.shape)} and g {tuple(g.shape)}; they must be (N, T, I) and (M, T, O): "
             f"give a plain Linear's tensors a T axis of size 1 with unsqueeze(1)"
         )
-    rows, of = g.shape[0], a.shape[0]
-    if (rows % of if of else rows) != 0:
+    (n, t, _), (m, positions, _) = a.shape, g.shape
+    if (m % n if n else m) != 0:
         raise ValueError(
-            f"{name}: a has {of} rows but g has {rows}; g must have a multiple of a's rows (g[m] pairs with a[m % N])"
+            f"{name}: a has {n} rows but g has {m}; g must have a multiple of a's rows (g[m] pairs with a[m % N])"
         )
-    if a.shape[1] != g.shape[1]:
-        raise ValueError(f"{name}: a has T = {a.shape[1]} positions but g has {g.shape[1]}; they must be the same")
+    if t != positions:
+        raise ValueError(f"{name}: a has T = {t} positions but g has {positions}; they must be the same")
 
 
 def _columns(a: Tensor, g: Tensor) -> int:
@@ -88,7 +106,8 @@ def _repeat(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _check_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
-    _floats("gram", x=x)
+    if not _alike(x, x):
+        _floats("gram", x=x)
     if x.dim() == 0:
         raise ValueError("gram: x is a scalar; it must be (..., I), its last axis the features")
     if out is not None:
@@ -200,7 +219,8 @@ def _rows_of(a: Tensor, rows: tuple[int, int]) -> Tensor:
 
 def _check_sample_dots(a, g, w):
     _pair("sample_dots", a, g)
-    _floats("sample_dots", a=a, w=w)
+    if not _alike(a, w):
+        _floats("sample_dots", a=a, w=w)
     if w.dim() not in (2, 3) or tuple(w.shape[-2:]) != (g.shape[2], a.shape[2]):
         raise ValueError(
             f"sample_dots: w has shape {tuple(w.shape)}; it must be (O, I) or (K, O, I) with (O, I) = "
@@ -233,7 +253,8 @@ def sample_dots(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
 
 def _check_weighted_grad(a, g, c):
     _pair("weighted_grad", a, g)
-    _floats("weighted_grad", a=a, c=c)
+    if not _alike(a, c):
+        _floats("weighted_grad", a=a, c=c)
     if c.dim() not in (1, 2) or c.shape[0] != g.shape[0]:
         raise ValueError(
             f"weighted_grad: c has shape {tuple(c.shape)}; it must be (M,) or (M, K) with M = {g.shape[0]}"
@@ -291,14 +312,16 @@ def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def _check_softmax_hvp(logits, v, *, weight=None):
-    _floats("softmax_hvp", logits=logits, v=v)
+    if not _alike(logits, v):
+        _floats("softmax_hvp", logits=logits, v=v)
     if logits.dim() == 0 or tuple(v.shape[v.dim() - logits.dim() :]) != tuple(logits.shape):
         raise ValueError(
             f"softmax_hvp: logits have shape {tuple(logits.shape)} and v {tuple(v.shape)}; they must be (..., C) and "
             f"(..., C), or (K, ..., C) for K vectors at once"
         )
     if weight is not None:
-        _floats("softmax_hvp", logits=logits, weight=weight)
+        if not _alike(logits, weight):
+            _floats("softmax_hvp", logits=logits, weight=weight)
         if weight.shape != logits.shape[:-1]:
             raise ValueError(
                 f"softmax_hvp: weight has shape {tuple(weight.shape)}; it must be {tuple(logits.shape[:-1])}, one a row"

@@ -179,6 +179,22 @@ def test_out_in_any_layout(name, backend):
             assert written.isnan().all(), f"{layout}: written beside out"
 
 
+@pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
+def test_out_may_be_the_input(name, backend):
+    if name not in ("gram", "second_moment"):
+        pytest.skip("no input has the result's shape")
+    op = running(name, backend)
+    for size in (5, 70):
+        x = torch.randn(size, 1, size, generator=torch.Generator().manual_seed(0)).to(device_of(backend))
+        args = (x[:, 0],) if name == "gram" else (x, x.flip(0))
+        expected = dispatch.OPS[name].reference(*(y.clone() for y in args))
+        if (reason := dispatch.OPS[name].why_not(backend, *args, out=x[:, 0])) is not None:
+            assert "shares memory" in reason  # a backend may say that it cannot, but not be wrong
+            continue
+        with dispatch.precision("ieee"):
+            torch.testing.assert_close(op(*args, out=x[:, 0]), expected)
+
+
 @pytest.mark.parametrize("value", (math.nan, math.inf, -math.inf))
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
 def test_non_finite_input_shows(name, backend, value):
@@ -211,6 +227,8 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("gram", (A,), {"out": torch.zeros(5, 5).double()}, TypeError, "out is torch.float64; results for torch.float32"),
     ("gram", (A,), {"out": torch.zeros(5, 5, device="meta")}, ValueError, "out is on meta but the inputs are on cpu"),
     ("gram", (A.to("meta"),), {"out": torch.zeros(5, 5)}, ValueError, "out is on cpu but the inputs are on meta"),
+    ("gram", (A,), {"out": torch.zeros(1, 5).expand(5, 5)}, ValueError, "out is an expanded view"),
+    ("gram", (A,), {"out": [0.0]}, TypeError, "out is a list; it must be a torch.Tensor"),
     ("sample_grads", (A, G), {"out": torch.zeros(4, 3, 5)}, ValueError, r"it must be \(8, 3, 5\)"),
     ("second_moment", (A, G), {"out": torch.zeros(5, 3)}, ValueError, r"it must be \(3, 5\)"),
     ("sample_dots", (A, G, torch.zeros(5, 3)), {}, ValueError, r"w has shape \(5, 3\); .*\(3, 5\)"),
