@@ -1,0 +1,34 @@
+// gram on CUDA: what bindings.cpp hands over. Raw pointers, extents and strides in elements; nothing is allocated and
+// nothing waits: both launches go to `stream`.
+#pragma once
+
+#include <cstdint>
+
+namespace hvpfast {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 2, float16 = 3 };
+
+struct GramArguments {
+    const void* x;  // (rows, width), any strides
+    Dtype dtype;
+    int64_t rows, width, stride_n, stride_d;
+    float* out;  // (width, width), or (width + 1, width + 1) with the ones column; out = beta out + alpha x'x
+    int64_t out_stride_i, out_stride_j;
+    float alpha, beta;  // out is not read if beta is 0
+    bool ones_column;
+    float* workspace;  // gram_workspace(...) floats
+    int splits;        // ranges of rows that are summed apart, and then in order: the same bits every time
+    int device;        // ordinal
+    uintptr_t stream;
+};
+
+// Side of the square tiles that the lower triangle of the result is cut into.
+int gram_tile();
+
+// Floats of workspace that `gram` needs.
+int64_t gram_workspace(int64_t width, bool ones_column, int splits);
+
+// Throws std::runtime_error with the place and CUDA's own words if a call fails.
+void gram(const GramArguments& arguments);
+
+}  // namespace hvpfast
