@@ -7,7 +7,7 @@ both as a grouped linear map over shared positions: `a` (G, N, T, I) and, from a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +17,23 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Normal:
-    """How one call of one layer reads as a linear map: functions, so that nothing is computed before it is needed."""
+    """How one call of one layer reads as a linear map: functions, so that nothing is computed before it is needed.
 
-    inputs: Callable[[], Tensor]  # () -> a (G, N, T, I)
-    grads: Callable[[Tensor], Tensor]  # (M, *output) -> g (G, M, T, O)
+    Attributes:
+        inputs: () -> a (G, N, T, I). grads: (M, *output) -> g (G, M, T, O).
+        kind: "linear": the weight's gradient is g_m' a_m; "transposed": the weight is stored as (G, I, O);
+            "scale": it multiplies feature by feature, sum_t g_t o a_t (I = O, one group);
+            "rows": it is looked up, and `a` holds the row indices (1, N, T, 1).
+        bias: (M, *output) -> (M, O), where it is not the sum of `grads` over positions.
+    """
+
+    inputs: Callable[[], Tensor]
+    grads: Callable[[Tensor], Tensor]
+    kind: str = "linear"
+    bias: Callable[[Tensor], Tensor] | None = None
 
 
-Rule = Callable[[nn.Module, Tensor], Normal]
+Rule = Callable[[nn.Module, Tensor], "Normal | None"]  # None: this configuration of the module has no rule
 RULES: dict[type, Rule] = {}
 
 
@@ -64,30 +74,144 @@ def patches(module: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     if any(module._reversed_padding_repeated_twice):
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    n, c, *spatial = x.shape
-    x = x.contiguous()
-    steps = x.stride()[2:]
     extents = [
         (size - d * (k - 1) - 1) // s + 1
-        for size, d, k, s in zip(spatial, module.dilation, module.kernel_size, module.stride, strict=True)
+        for size, d, k, s in zip(x.shape[2:], module.dilation, module.kernel_size, module.stride, strict=True)
     ]
-    groups = module.groups
-    windows = x.as_strided(  # (G, N, *out, C / G, *kernel), a view
-        (groups, n, *extents, c // groups, *module.kernel_size),
+    none = (0,) * len(extents)
+    return windows(x, extents, module.kernel_size, module.stride, module.dilation, none, module.groups)
+
+
+def windows(
+    x: Tensor,
+    extents: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Sliding windows of x (N, C, *spatial) at `extents` places an axis: (G, N, T, C / G * kernel), T = prod(extents).
+
+    `padding` zeros stand before the image, and as many behind it as the last window needs.
+    """
+    behind = [
+        max(0, (e - 1) * s + d * (k - 1) + 1 - size - p)
+        for e, s, d, k, size, p in zip(extents, stride, dilation, kernel, x.shape[2:], padding, strict=True)
+    ]
+    if any(padding) or any(behind):
+        x = F.pad(x, [side for pair in reversed(list(zip(padding, behind, strict=True))) for side in pair])
+    x = x.contiguous()
+    n, c = x.shape[:2]
+    steps = x.stride()[2:]
+    view = x.as_strided(  # (G, N, *out, C / G, *kernel)
+        (groups, n, *extents, c // groups, *kernel),
         (
             x.stride(1) * (c // groups),
             x.stride(0),
-            *(step * s for step, s in zip(steps, module.stride, strict=True)),
+            *(step * s for step, s in zip(steps, stride, strict=True)),
             x.stride(1),
-            *(step * d for step, d in zip(steps, module.dilation, strict=True)),
+            *(step * d for step, d in zip(steps, dilation, strict=True)),
         ),
     )
-    positions, features = torch.Size(extents).numel(), c // groups * torch.Size(module.kernel_size).numel()
-    return windows.reshape(groups, n, positions, features)
+    return view.reshape(groups, n, torch.Size(extents).numel(), c // groups * torch.Size(kernel).numel())
+
+
+@layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def transposed_convolution(module: nn.modules.conv._ConvTransposeNd, x: Tensor) -> Normal:
+    """(N, C, *spatial): a position is an input pixel; what it writes is the patch of the output that it reaches.
+
+    The weight (C, O / G, *kernel) is stored input first: its gradient is a' g with a the pixels and g the patches of the
+    output's gradient, as read by the convolution that this layer transposes.
+    """
+    groups = module.groups
+
+    def outputs(g: Tensor) -> Tensor:
+        return windows(g, x.shape[2:], module.kernel_size, module.stride, module.dilation, module.padding, groups)
+
+    def pixels() -> Tensor:
+        return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1).permute(1, 0, 3, 2)
+
+    return Normal(pixels, outputs, "transposed", lambda g: g.flatten(2).sum(2))
+
+
+def _features_last(x: Tensor, features: int) -> Tensor:
+    """(N, ..., *features) -> (1, N, T, features)"""
+    return x.reshape(1, x.shape[0], -1, features)
+
+
+def _channels(x: Tensor) -> Tensor:
+    """(N, C, *spatial) -> (1, N, T, C)"""
+    return x.reshape(x.shape[0], x.shape[1], -1).movedim(1, 2)[None]
+
+
+@layer(nn.LayerNorm)
+def layer_norm(module: nn.LayerNorm, x: Tensor) -> Normal:
+    """(N, ..., *features): scale and shift of the normalised features."""
+    features = torch.Size(module.normalized_shape).numel()
+    return Normal(
+        lambda: _features_last(F.layer_norm(x, module.normalized_shape, eps=module.eps), features),
+        lambda g: _features_last(g, features),
+        "scale",
+    )
+
+
+@layer(nn.RMSNorm)
+def rms_norm(module: nn.RMSNorm, x: Tensor) -> Normal:
+    """(N, ..., *features): scale of the features over their root mean square."""
+    features = torch.Size(module.normalized_shape).numel()
+    return Normal(
+        lambda: _features_last(F.rms_norm(x, module.normalized_shape, eps=module.eps), features),
+        lambda g: _features_last(g, features),
+        "scale",
+    )
+
+
+@layer(nn.GroupNorm)
+def group_norm(module: nn.GroupNorm, x: Tensor) -> Normal:
+    """(N, C, *spatial): scale and shift of each channel, normalised within its group."""
+    return Normal(lambda: _channels(F.group_norm(x, module.num_groups, eps=module.eps)), _channels, "scale")
+
+
+@layer(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Normal:
+    """(N, C, *spatial) in eval mode: scale and shift of each channel, normalised by the running statistics."""
+
+    def normalised() -> Tensor:
+        return _channels(F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps))
+
+    return Normal(normalised, _channels, "scale")
+
+
+@layer(nn.Embedding)
+def embedding(module: nn.Embedding, x: Tensor) -> Normal | None:
+    """(N, ...) indices: every position adds its gradient to the row that it looked up."""
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return None  # these change the gradient, or the weight itself, as a function of the whole batch
+    rows = x.reshape(1, x.shape[0], -1, 1)
+
+    def grads(g: Tensor) -> Tensor:
+        g = g.reshape(1, g.shape[0], -1, g.shape[-1])
+        if module.padding_idx is None:
+            return g
+        seen = (rows != module.padding_idx).expand(-1, -1, -1, 1)
+        return g * seen.repeat(1, g.shape[1] // max(1, x.shape[0]), 1, 1)
+
+    return Normal(lambda: rows, grads, "rows")
+
+
+def _hugging_face_conv1d(module: nn.Module, x: Tensor) -> Normal:
+    """(N, ..., I) and a weight stored (I, O), as in GPT-2: a Linear with its weight transposed."""
+    normal = linear(module, x)
+    return Normal(normal.inputs, normal.grads, "transposed")
+
+
+_BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": _hugging_face_conv1d}
 
 
 def rule_of(module: nn.Module) -> Rule | None:
     """The rule of a module's exact type, or None. Weights that are computed (parametrisations) have none."""
     if torch.nn.utils.parametrize.is_parametrized(module):
         return None
-    return RULES.get(type(module))
+    kind = type(module)
+    return RULES.get(kind) or _BY_NAME.get(f"{kind.__module__}.{kind.__qualname__}")

@@ -93,12 +93,12 @@ class Problem:
 
     def _run(self, batch: Batch) -> object:
         before = _random_state(self.space.device)
-        output = self._pick(call(self.model, batch.inputs))
+        output = self.pick(call(self.model, batch.inputs))
         if not self._deterministic:
             after = _random_state(self.space.device)
             if not all(torch.equal(x, y) for x, y in zip(before, after, strict=True)):
                 with torch.no_grad():
-                    again = self._pick(call(self.model, batch.inputs))
+                    again = self.pick(call(self.model, batch.inputs))
                 for x, y in zip(tensors_in(output), tensors_in(again), strict=True):
                     if not torch.equal(x.detach().nan_to_num(), y.nan_to_num()):
                         raise StateError(
@@ -108,7 +108,7 @@ class Problem:
             self._deterministic = True
         return output
 
-    def _pick(self, output: object) -> object:
+    def pick(self, output: object) -> object:
         """A Hugging Face output gives its logits to a torch loss; a custom loss gets what the model returned."""
         if not isinstance(output, Tensor) and type(self.loss) is not Loss and hasattr(output, "logits"):
             return output.logits

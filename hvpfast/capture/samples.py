@@ -8,10 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hvpfast.capture.data import Batch, call, tensors_in
 from hvpfast.capture.errors import NonFiniteError
 from hvpfast.capture.problem import Problem
+from hvpfast.capture.sites import DenseSite, Site
 from hvpfast.capture.state import preserved
-from hvpfast.capture.tape import Site, recording
+from hvpfast.capture.tape import recording
 
 _warned: set[tuple[str, ...]] = set()
 
@@ -34,26 +36,26 @@ class Samples:
             output = problem.output_tensor(evaluated.output)
             losses = problem.loss.sample_losses(output, one.target)
             covered = tape.covered(losses, tensors)
-            rest = [p for p, own in zip(tensors, covered, strict=True) if not own]
+            rest = {n: p for (n, p), own in zip(problem.params.items(), covered, strict=True) if not own}
             edges = [call.edge for call in tape.calls]
             grads = (
                 torch.autograd.grad(losses.sum(), edges, retain_graph=bool(rest), allow_unused=True) if edges else ()
             )
-            self.sites = tape.sites([p for p, own in zip(tensors, covered, strict=True) if own], list(grads))
-            by_autograd = iter(self._by_autograd(losses, rest, covered))
-            by_rule = iter(self.sites)
-            self.sites = [next(by_rule) if own else next(by_autograd) for own in covered]
+            by_rule = iter(tape.sites([p for p, own in zip(tensors, covered, strict=True) if own], list(grads)))
+            by_autograd = iter(self._by_autograd(one, losses, rest))
+            self.sites: list[Site] = [next(by_rule if own else by_autograd) for own in covered]
             self.shares = problem.loss.shares(output.detach(), one.target)
         for name, site in zip(self.names, self.sites, strict=True):
             for x in site.tensors():
                 if not bool(torch.isfinite(x).all()):
                     raise NonFiniteError(f"{who}: the per-sample gradients have NaN or inf at parameter {name!r}")
 
-    def _by_autograd(self, losses: Tensor, rest: list[Tensor], covered: list[bool]) -> list[Site]:
-        """Rows of the Jacobian of the samples' losses, vmapped over samples, as biases: (M, p)."""
+    def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:
+        """Rows (N, p) of the parameters that no rule covers: gradients vmapped over samples where the model allows it,
+        else the rows of the Jacobian of the samples' losses."""
         if not rest:
             return []
-        names = tuple(name for name, own in zip(self.names, covered, strict=True) if not own)
+        names = tuple(rest)
         if names not in _warned:
             _warned.add(names)
             warnings.warn(
@@ -61,20 +63,46 @@ class Samples:
                 f"their per-sample gradients come from autograd, which is exact and slower",
                 stacklevel=4,
             )
+        reached = torch.autograd.grad(losses.sum(), list(rest.values()), retain_graph=True, allow_unused=True)
+        for name, slope in zip(names, reached, strict=True):
+            if slope is None:
+                raise ValueError(
+                    f"{self.problem.who}: no data reach parameter {name!r}: the loss does not depend on it; leave it out with "
+                    f"params="
+                )
         n = losses.shape[0]
-        unit = torch.eye(n, dtype=losses.dtype, device=losses.device)
+        rows = self._vmapped(batch, rest)
+        whole = [slope.reshape(-1) for slope in reached]
+        if rows is None or not all(_adds_up(row, sum_, n) for row, sum_ in zip(rows, whole, strict=True)):
+            each = [
+                torch.autograd.grad(one, list(rest.values()), retain_graph=True, allow_unused=True) for one in losses
+            ]
+            zeros = [torch.zeros_like(p) for p in rest.values()]
+            each = [[z if g is None else g for g, z in zip(row, zeros, strict=True)] for row in each]
+            rows = [torch.stack(parts).reshape(n, -1) for parts in zip(*each, strict=True)]
+        return [DenseSite(tuple(p.shape), row) for p, row in zip(rest.values(), rows, strict=True)]
+
+    def _vmapped(self, batch: Batch, rest: dict[str, Tensor]) -> list[Tensor] | None:
+        """(N, p) each, by torch.func.vmap(grad); None if the model or the inputs do not go through it."""
+        model, problem = self.problem.model, self.problem
+        if not all(x.dim() and x.shape[0] == batch.target.shape[0] for x in tensors_in(batch.inputs)):
+            return None
+
+        def own(values: dict[str, Tensor], inputs: object, target: Tensor) -> Tensor:
+            with torch.nn.utils.stateless._reparametrize_module(model, values, tie_weights=True):
+                output = problem.pick(call(model, _one(inputs)))
+            return problem.loss.sample_losses(output, target.unsqueeze(0))[0]
+
         try:
-            rows = torch.autograd.grad(losses, rest, unit, is_grads_batched=True, retain_graph=True, allow_unused=True)
-        except RuntimeError:  # an operation without a batching rule
-            each = [torch.autograd.grad(one, rest, retain_graph=True, allow_unused=True) for one in losses]
-            rows = [None if parts[0] is None else torch.stack(parts) for parts in zip(*each, strict=True)]
-        unreached = [name for name, row in zip(names, rows, strict=True) if row is None]
-        if unreached:
-            raise ValueError(
-                f"{self.problem.who}: no data reach parameter {unreached[0]!r}: the loss does not depend on it; leave it out "
-                f"with params="
-            )
-        return [Site(tuple(p.shape), [], row.reshape(n, -1)) for p, row in zip(rest, rows, strict=True)]
+            detached = {name: p.detach() for name, p in rest.items()}
+            with warnings.catch_warnings(), torch.no_grad():
+                warnings.simplefilter("ignore")
+                grads = torch.func.vmap(torch.func.grad(own), in_dims=(None, 0, 0))(
+                    detached, batch.inputs, batch.target
+                )
+        except Exception:  # branches on values, in-place writes, no batching rule: the caller has another way
+            return None
+        return [grads[name].reshape(batch.target.shape[0], -1) for name in rest]
 
     def each(self, function: Callable[[Site], Tensor]) -> dict[str, Tensor]:
         return {name: function(site) for name, site in zip(self.names, self.sites, strict=True)}
@@ -97,7 +125,7 @@ def per_sample_grads(model: nn.Module, loss: object, batch: object, *, params: o
     Raises:
         StateError, NonFiniteError, ValueError, TypeError: as for `hvpfast.GGN`.
     """
-    return Samples(model, loss, batch, params, "per_sample_grads").each(Site.sample_grads)
+    return Samples(model, loss, batch, params, "per_sample_grads").each(lambda site: site.sample_grads())
 
 
 def per_sample_grad_norms(model: nn.Module, loss: object, batch: object, *, params: object = None) -> Tensor:
@@ -122,7 +150,7 @@ def grad_second_moment(model: nn.Module, loss: object, batch: object, *, params:
 
     Arguments, samples and errors as for `per_sample_grads`.
     """
-    return Samples(model, loss, batch, params, "grad_second_moment").each(Site.second_moment)
+    return Samples(model, loss, batch, params, "grad_second_moment").each(lambda site: site.second_moment())
 
 
 def clipped_grad(
@@ -146,3 +174,19 @@ def clipped_grad(
     norms = sum(site.norms_squared() for site in samples.sites).clamp_(min=0).sqrt_()
     scale = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp_(max=1).unsqueeze(1)
     return samples.each(lambda site: site.weighted(scale)[0]), norms
+
+
+def _one(inputs: object) -> object:
+    """A batch of one from one sample's input, in the same form."""
+    if isinstance(inputs, Tensor):
+        return inputs.unsqueeze(0)
+    if isinstance(inputs, dict):
+        return {name: _one(value) for name, value in inputs.items()}
+    return type(inputs)(_one(value) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
+
+
+def _adds_up(rows: Tensor, whole: Tensor, n: int) -> bool:
+    """Whether per-sample gradients sum to the gradient of the summed loss, up to rounding of N terms."""
+    scale = rows.abs().sum(0).max() if rows.numel() else rows.new_zeros(())
+    bound = 50 * n * torch.finfo(rows.dtype).eps * scale.clamp(min=torch.finfo(rows.dtype).tiny)
+    return bool(torch.isfinite(rows).all()) and bool(((rows.sum(0) - whole).abs() <= bound).all())

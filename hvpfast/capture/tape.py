@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from hvpfast import ops
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
+from hvpfast.capture.sites import Site, site_of
 
 
 @dataclass
@@ -50,11 +50,14 @@ class Tape:
         uses = graph_uses(output, params)
         n = output.shape[0]
         doubtful: set[int] = set()
-        counts = {id(p): 0 for p in params}
+        counts, kinds = {id(p): 0 for p in params}, {}
         for call in self.calls:
             mine = [id(p) for p in (call.weight, call.bias) if p is not None]
-            for p in mine:
-                counts[p] = counts.get(p, 0) + 1
+            for p, kind in zip((call.weight, call.bias), (call.normal.kind, "bias"), strict=True):
+                if p is not None:
+                    counts[id(p)] = counts.get(id(p), 0) + 1
+                    if kinds.setdefault(id(p), kind) != kind:
+                        doubtful.add(id(p))  # tied across different kinds of layers: no one rule has all of it
             if call.x.shape[0] != n or (
                 call.x.dim() > 2 and call.x.shape[1] == n > 1 and not self._batch_first(call, output)
             ):
@@ -71,9 +74,13 @@ class Tape:
         """For each parameter its `Site`, from the gradients (M, *output) at every call's output (None: not reached)."""
         built = []
         for p in params:
-            weight_uses = [(c, g) for c, g in zip(self.calls, grads, strict=True) if c.weight is p and g is not None]
-            bias_uses = [(c, g) for c, g in zip(self.calls, grads, strict=True) if c.bias is p and g is not None]
-            built.append(Site.of(p, weight_uses, bias_uses))
+            uses = [(c, g) for c, g in zip(self.calls, grads, strict=True) if g is not None]
+            for call, _ in uses:
+                if call.weight is p:
+                    call.check()
+            as_weight = [(c.normal, g) for c, g in uses if c.weight is p]
+            as_bias = [(c.normal, g) for c, g in uses if c.bias is p]
+            built.append(site_of(tuple(p.shape), as_weight, as_bias))
         return built
 
 
@@ -87,11 +94,17 @@ def recording(model: nn.Module, params: Sequence[Tensor]) -> Iterator[Tape]:
             rule = rule_of(module)
             if rule is None or not isinstance(output, Tensor) or not output.requires_grad:
                 return
-            x = args[0].detach() if args else None
-            if x is None or x.dim() < 2 or output.dim() != x.dim():
+            x = args[0].detach() if args and isinstance(args[0], Tensor) else None
+            if x is None or x.dim() < 1 or output.dim() < 2:
                 return
-            weight, bias = (p if p is not None and id(p) in wanted else None for p in (module.weight, module.bias))
-            tape.calls.append(Call(name, weight, bias, x, x._version, get_gradient_edge(output), rule(module, x)))
+            if output.dim() != x.dim() and not isinstance(module, nn.Embedding):
+                return
+            normal = rule(module, x)
+            if normal is None:
+                return
+            mine = (module._parameters.get("weight"), module._parameters.get("bias"))
+            weight, bias = (p if p is not None and id(p) in wanted else None for p in mine)
+            tape.calls.append(Call(name, weight, bias, x, x._version, get_gradient_edge(output), normal))
 
         return record
 
@@ -124,93 +137,3 @@ def graph_uses(output: Tensor, params: Sequence[Tensor]) -> list[int]:
                 seen.add(following)
                 stack.append(following)
     return uses
-
-
-@dataclass
-class Site:
-    """One parameter as the ops see it: a weight with `a` and `g` of each group, all its uses side by side along T
-    (which sums over them exactly), or a bias with its per-sample gradients, (M, O)."""
-
-    shape: tuple[int, ...]
-    groups: list[tuple[Tensor, Tensor]]  # (a, g) of each group; empty for a bias
-    bias: Tensor | None
-
-    @staticmethod
-    def of(p: Tensor, weight_uses: list[tuple[Call, Tensor]], bias_uses: list[tuple[Call, Tensor]]) -> Site:
-        bias = None
-        for call, grad in bias_uses:
-            g = call.normal.grads(grad)  # (G, M, T, O)
-            rows = _wide(g).sum(2).permute(1, 0, 2).reshape(g.shape[1], -1)
-            bias = rows if bias is None else bias + rows
-        groups: list[tuple[Tensor, Tensor]] = []
-        if weight_uses:
-            pairs = []
-            for call, grad in weight_uses:
-                call.check()
-                pairs.append((call.normal.inputs(), call.normal.grads(grad)))
-            a = pairs[0][0] if len(pairs) == 1 else torch.cat([x for x, _ in pairs], 2)
-            g = pairs[0][1] if len(pairs) == 1 else torch.cat([x for _, x in pairs], 2)
-            groups = [(x, y.to(x.dtype)) for x, y in zip(a.unbind(0), g.unbind(0), strict=True)]
-        return Site(tuple(p.shape), groups, bias)
-
-    def __post_init__(self) -> None:
-        if self.groups and self.bias is not None:
-            raise StateError(f"a parameter of shape {self.shape} serves both as a weight and as a bias; it has no rule")
-
-    @property
-    def rows(self) -> int:
-        """M, or 0 if no data reach the parameter."""
-        return self.bias.shape[0] if self.bias is not None else self.groups[0][1].shape[0] if self.groups else 0
-
-    def tensors(self) -> list[Tensor]:
-        """What the site keeps alive."""
-        return [x for pair in self.groups for x in pair] + ([] if self.bias is None else [self.bias])
-
-    def _split(self, w: Tensor) -> list[Tensor]:
-        """(K, *shape) -> (K, O, I) for each group."""
-        a, g = self.groups[0]
-        return list(w.reshape(w.shape[0], len(self.groups), g.shape[2], a.shape[2]).unbind(1))
-
-    def sample_grads(self) -> Tensor:
-        """(M, *shape)"""
-        if self.bias is not None:
-            return self.bias.reshape(-1, *self.shape)
-        if len(self.groups) == 1:
-            return ops.sample_grads(*self.groups[0]).reshape(-1, *self.shape)
-        return torch.stack([ops.sample_grads(a, g) for a, g in self.groups], 1).reshape(-1, *self.shape)
-
-    def norms_squared(self) -> Tensor:
-        """(M,)"""
-        if self.bias is not None:
-            return self.bias.square().sum(1)
-        return sum(ops.sample_norms_squared(a, g) for a, g in self.groups)
-
-    def dots(self, w: Tensor) -> Tensor:
-        """Inner products with K directions (K, *shape) -> (M, K)."""
-        if self.bias is not None:
-            return self.bias @ w.reshape(w.shape[0], -1).T.to(self.bias.dtype)
-        return sum(ops.sample_dots(a, g, v.to(a.dtype)) for (a, g), v in zip(self.groups, self._split(w), strict=True))
-
-    def weighted(self, c: Tensor) -> Tensor:
-        """Weighted sums (M, K) -> (K, *shape)."""
-        if self.bias is not None:
-            return (c.T.to(self.bias.dtype) @ self.bias).reshape(-1, *self.shape)
-        sums = [ops.weighted_grad(a, g, c.to(a.dtype)) for a, g in self.groups]
-        return (sums[0] if len(sums) == 1 else torch.stack(sums, 1)).reshape(-1, *self.shape)
-
-    def second_moment(self) -> Tensor:
-        """Sum of squares, `shape`."""
-        if self.bias is not None:
-            return self.bias.square().sum(0).reshape(self.shape)
-        return torch.stack([ops.second_moment(a, g) for a, g in self.groups]).reshape(self.shape)
-
-    def gram(self) -> Tensor:
-        """Inner products of the rows' gradients, (M, M)."""
-        if self.bias is not None:
-            return self.bias @ self.bias.T
-        flat = self.sample_grads().reshape(self.rows, -1)
-        return flat @ flat.T
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(ops.accumulate_dtype(x.dtype))

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hvpfast.capture.data import Batch
 from hvpfast.capture.problem import Evaluated
-from hvpfast.capture.tape import Site, Tape, recording
+from hvpfast.capture.sites import Site
+from hvpfast.capture.tape import Tape, recording
 from hvpfast.operators.curvature import Curvature
 from hvpfast.operators.linearize import Derivative, Jacobian, vmaps_well
 

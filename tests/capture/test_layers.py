@@ -7,28 +7,105 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hvpfast.capture.layers import RULES, layer, rule_of
+from hvpfast.capture.sites import site_of
 
 
 def check(module, x):
-    """g_m' a_m against autograd, for every sample on its own, with two gradient rows a sample (M = 2 N)."""
-    module, x = module.double(), x.double()
+    """Every statistic of every parameter against autograd, row by row, with two gradient rows a sample (M = 2 N)."""
+    module, x = module.double(), x.double() if x.dtype.is_floating_point else x
     normal = rule_of(module)(module, x)
     output = module(x)
     g = torch.randn(2 * x.shape[0], *output.shape[1:], dtype=torch.float64)
     a, rows = normal.inputs(), normal.grads(g)
     n, m = x.shape[0], g.shape[0]
     assert a.shape[:2] == (rows.shape[0], n) and rows.shape[1] == m and a.shape[2] == rows.shape[2]
-    for row in range(m):
-        one = module(x[row % n : row % n + 1])
-        (truth,) = torch.autograd.grad(one, [module.weight], g[row : row + 1])
-        got = torch.einsum("gto,gti->goi", rows[:, row], a[:, row % n]).reshape(truth.shape)
-        assert float((got - truth).abs().max()) <= 1e-12 * (1 + float(truth.abs().max()))
+    params = list(module.parameters())
+    truths = [torch.autograd.grad(module(x[r % n : r % n + 1]), params, g[r : r + 1]) for r in range(m)]
+    stacked = [torch.stack(parts) for parts in zip(*truths, strict=True)]
+    v = torch.randn(2, *params[0].shape, dtype=torch.float64)
+    c = torch.randn(m, 2, dtype=torch.float64)
+    for p, truth in zip(params, stacked, strict=True):
+        use = [(normal, g)]
+        site = (
+            site_of(tuple(p.shape), use, [])
+            if p is module._parameters.get("weight")
+            else site_of(tuple(p.shape), [], use)
+        )
+        w = v if p is params[0] else torch.randn(2, *p.shape, dtype=torch.float64)
+        flat = truth.reshape(m, -1)
+        assert site.rows == m
+        near(site.sample_grads(), truth)
+        near(site.norms_squared(), flat.square().sum(1))
+        near(site.second_moment(), truth.square().sum(0))
+        near(site.gram(), flat @ flat.T)
+        near(site.dots(w), flat @ w.reshape(2, -1).T)
+        near(site.weighted(c), (c.T @ flat).reshape(2, *p.shape))
+
+
+def near(got, truth):
+    assert got.shape == truth.shape
+    assert float((got - truth).abs().max()) <= 1e-12 * (1 + float(truth.abs().max()))
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (3, 2, 1, 5, 4), (1, 4)])
 def test_linear(shape):
     torch.manual_seed(0)
     check(nn.Linear(4, 3), torch.randn(*shape))
+
+
+def norm(kind, x, *args, **options):
+    module = kind(*args, **options).eval()
+    for p in module.parameters():
+        nn.init.normal_(p)
+    if getattr(module, "running_mean", None) is not None:
+        module.running_mean.normal_()
+        module.running_var.uniform_(0.5, 2)
+    return module, x
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: norm(nn.LayerNorm, torch.randn(3, 5, 4), 4),
+        lambda: norm(nn.LayerNorm, torch.randn(3, 2, 4, 3), (4, 3), bias=False),
+        lambda: norm(nn.LayerNorm, torch.randn(3, 4), 4, eps=1e-3),
+        lambda: norm(nn.RMSNorm, torch.randn(3, 5, 4), 4),
+        lambda: norm(nn.GroupNorm, torch.randn(3, 6, 4, 2), 3, 6),
+        lambda: norm(nn.GroupNorm, torch.randn(3, 6), 2, 6),
+        lambda: norm(nn.BatchNorm1d, torch.randn(3, 4), 4),
+        lambda: norm(nn.BatchNorm1d, torch.randn(3, 4, 5), 4),
+        lambda: norm(nn.BatchNorm2d, torch.randn(3, 4, 5, 2), 4),
+        lambda: norm(nn.BatchNorm3d, torch.randn(3, 4, 2, 2, 2), 4),
+        lambda: (nn.Embedding(5, 3), torch.tensor([[0, 1, 1, 4], [2, 2, 2, 0], [3, 0, 1, 2]])),
+        lambda: (nn.Embedding(5, 3, padding_idx=2), torch.tensor([[0, 2, 1, 4], [2, 2, 2, 0], [3, 0, 1, 2]])),
+        lambda: (nn.Embedding(5, 3), torch.tensor([4, 0, 4])),
+    ],
+)
+def test_norms_and_lookups(build):
+    torch.manual_seed(0)
+    check(*build())
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "options"),
+    [
+        (nn.ConvTranspose1d, (5,), {"kernel_size": 3}),
+        (nn.ConvTranspose1d, (4,), {"kernel_size": 4, "stride": 3, "padding": 2, "output_padding": 2, "dilation": 2}),
+        (nn.ConvTranspose2d, (3, 4), {"kernel_size": (2, 3), "stride": (2, 1), "padding": (0, 1), "groups": 2}),
+        (nn.ConvTranspose2d, (3, 3), {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1, "groups": 4}),
+        (nn.ConvTranspose3d, (2, 3, 2), {"kernel_size": 2, "stride": 2, "bias": False}),
+    ],
+)
+def test_transposed_convolutions(kind, size, options):
+    torch.manual_seed(0)
+    check(kind(4, 8, **options), torch.randn(3, 4, *size))
+
+
+def test_embeddings_that_change_their_gradient_have_no_rule():
+    x = torch.tensor([[0, 1]])
+    for options in ({"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}):
+        module = nn.Embedding(3, 2, **options)
+        assert rule_of(module)(module, x) is None
 
 
 @st.composite
@@ -80,7 +157,7 @@ def test_strided_and_channels_last_inputs():
 def test_a_new_layer_is_one_function():
     class Scaled(nn.Linear):
         def forward(self, x):
-            return super().forward(x) * 3
+            return super().forward(x * 3)
 
     module = Scaled(4, 3)
     assert rule_of(module) is None  # a subclass may compute something else

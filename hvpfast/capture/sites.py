@@ -1,0 +1,212 @@
+"""A parameter as the ops see it: the statistics of its per-sample gradients, from what its uses captured.
+
+Uses of one weight stand side by side along T, which sums over them exactly (tied weights, modules called twice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvpfast import ops
+from hvpfast.capture.errors import StateError
+from hvpfast.capture.layers import Normal
+
+Use = tuple[Normal, Tensor]  # one call's normal form, and the gradient (M, *output) at its output
+
+
+class Site:
+    """One parameter of `shape`, with M per-sample gradient rows; K below counts directions or sums.
+
+    Attributes:
+        rows: M; 0 if no data reach the parameter.
+    """
+
+    def __init__(self, shape: tuple[int, ...], rows: int):
+        self.shape, self.rows = shape, rows
+
+    def tensors(self) -> list[Tensor]:
+        """What the site keeps alive."""
+        raise NotImplementedError
+
+    def sample_grads(self) -> Tensor:
+        """(M, *shape)"""
+        raise NotImplementedError
+
+    def norms_squared(self) -> Tensor:
+        """(M,)"""
+        raise NotImplementedError
+
+    def dots(self, w: Tensor) -> Tensor:
+        """Inner products with K directions (K, *shape) -> (M, K)."""
+        raise NotImplementedError
+
+    def weighted(self, c: Tensor) -> Tensor:
+        """Weighted sums (M, K) -> (K, *shape)."""
+        raise NotImplementedError
+
+    def second_moment(self) -> Tensor:
+        """Sum of squares, `shape`."""
+        raise NotImplementedError
+
+    def gram(self) -> Tensor:
+        """Inner products of the rows' gradients, (M, M)."""
+        flat = self.sample_grads().reshape(self.rows, -1)
+        return flat @ flat.T
+
+
+class DenseSite(Site):
+    """Gradient rows held as they are, (M, p): biases, scales, and whatever came from autograd."""
+
+    def __init__(self, shape: tuple[int, ...], flat: Tensor):
+        super().__init__(shape, flat.shape[0])
+        self.flat = flat
+
+    def tensors(self) -> list[Tensor]:
+        return [self.flat]
+
+    def sample_grads(self) -> Tensor:
+        return self.flat.reshape(-1, *self.shape)
+
+    def norms_squared(self) -> Tensor:
+        return self.flat.square().sum(1)
+
+    def dots(self, w: Tensor) -> Tensor:
+        return self.flat @ w.reshape(w.shape[0], -1).T.to(self.flat.dtype)
+
+    def weighted(self, c: Tensor) -> Tensor:
+        return (c.T.to(self.flat.dtype) @ self.flat).reshape(-1, *self.shape)
+
+    def second_moment(self) -> Tensor:
+        return self.flat.square().sum(0).reshape(self.shape)
+
+
+class LinearSite(Site):
+    """A weight of a grouped linear map: `groups` of (a (N, T, I), g (M, T, O)); `transposed` if stored (G, I, O)."""
+
+    def __init__(self, shape: tuple[int, ...], groups: Sequence[tuple[Tensor, Tensor]], transposed: bool):
+        super().__init__(shape, groups[0][1].shape[0])
+        self.groups, self.transposed = list(groups), transposed
+
+    def tensors(self) -> list[Tensor]:
+        return [x for pair in self.groups for x in pair]
+
+    def _gather(self, parts: list[Tensor]) -> Tensor:
+        """One (R, O, I) a group -> (R, *shape)"""
+        parts = [part.mT for part in parts] if self.transposed else parts
+        whole = parts[0] if len(parts) == 1 else torch.stack(parts, 1)
+        return whole.reshape(whole.shape[0], *self.shape)
+
+    def _split(self, w: Tensor) -> list[Tensor]:
+        """(K, *shape) -> one (K, O, I) a group"""
+        a, g = self.groups[0]
+        last = (a.shape[2], g.shape[2]) if self.transposed else (g.shape[2], a.shape[2])
+        parts = w.reshape(w.shape[0], len(self.groups), *last).unbind(1)
+        return [part.mT if self.transposed else part for part in parts]
+
+    def sample_grads(self) -> Tensor:
+        return self._gather([ops.sample_grads(a, g) for a, g in self.groups])
+
+    def norms_squared(self) -> Tensor:
+        return sum(ops.sample_norms_squared(a, g) for a, g in self.groups)
+
+    def dots(self, w: Tensor) -> Tensor:
+        pairs = zip(self.groups, self._split(w), strict=True)
+        return sum(ops.sample_dots(a, g, part.to(a.dtype)) for (a, g), part in pairs)
+
+    def weighted(self, c: Tensor) -> Tensor:
+        return self._gather([ops.weighted_grad(a, g, c.to(a.dtype)) for a, g in self.groups])
+
+    def second_moment(self) -> Tensor:
+        return self._gather([ops.second_moment(a, g).unsqueeze(0) for a, g in self.groups])[0]
+
+
+class LookupSite(Site):
+    """An embedding's weight (V, D): row indices (N, T) and gradients (M, T, D); never an (M, V, D) array unless asked."""
+
+    def __init__(self, shape: tuple[int, ...], indices: Tensor, g: Tensor):
+        super().__init__(shape, g.shape[0])
+        self.indices, self.g = indices, g
+
+    def tensors(self) -> list[Tensor]:
+        return [self.indices, self.g]
+
+    def _indices(self) -> Tensor:
+        """(M, T): row m looks up what sample m % N does."""
+        return self.indices.repeat(self.rows // max(1, self.indices.shape[0]), 1)
+
+    def _summed(self) -> tuple[Tensor, Tensor]:
+        """The distinct (row, index) pairs as row * V + index, (U,), and the sum of gradients of each, (U, D)."""
+        v, d = self.shape
+        keys = self._indices() + v * torch.arange(self.rows, device=self.g.device).unsqueeze(1)
+        distinct, place = keys.reshape(-1).unique(return_inverse=True)
+        return distinct, self.g.new_zeros(distinct.numel(), d).index_add_(0, place, self.g.reshape(-1, d))
+
+    def sample_grads(self) -> Tensor:
+        v, d = self.shape
+        keys, sums = self._summed()
+        return self.g.new_zeros(self.rows * v, d).index_copy_(0, keys, sums).reshape(self.rows, v, d)
+
+    def norms_squared(self) -> Tensor:
+        keys, sums = self._summed()
+        return self.g.new_zeros(self.rows).index_add_(0, keys // self.shape[0], sums.square().sum(1))
+
+    def dots(self, w: Tensor) -> Tensor:
+        looked_up = w.to(self.g.dtype)[:, self._indices()]  # (K, M, T, D)
+        return torch.einsum("mtd,kmtd->mk", self.g, looked_up)
+
+    def weighted(self, c: Tensor) -> Tensor:
+        v, d = self.shape
+        scaled = torch.einsum("mk,mtd->mtkd", c.to(self.g.dtype), self.g).reshape(-1, c.shape[1], d)
+        sums = self.g.new_zeros(v, c.shape[1], d).index_add_(0, self._indices().reshape(-1), scaled)
+        return sums.movedim(1, 0)
+
+    def second_moment(self) -> Tensor:
+        keys, sums = self._summed()
+        return self.g.new_zeros(self.shape).index_add_(0, keys % self.shape[0], sums.square())
+
+
+class EmptySite(Site):
+    """A parameter that this batch does not reach."""
+
+    def tensors(self) -> list[Tensor]:
+        return []
+
+
+def site_of(shape: tuple[int, ...], as_weight: list[Use], as_bias: list[Use]) -> Site:
+    """The site of a parameter from all its uses, which must be of one kind."""
+    if as_weight and as_bias:
+        raise StateError(f"a parameter of shape {shape} serves both as a weight and as a bias; it has no rule")
+    if as_bias:
+        return DenseSite(shape, sum(_bias_rows(normal, grad) for normal, grad in as_bias))
+    if not as_weight:
+        return EmptySite(shape, 0)
+    kind = as_weight[0][0].kind
+    pairs = [(normal.inputs(), normal.grads(grad)) for normal, grad in as_weight]
+    if kind == "scale":
+        return DenseSite(shape, sum(_scale_rows(a[0], g[0]) for a, g in pairs))
+    a = pairs[0][0] if len(pairs) == 1 else torch.cat([x for x, _ in pairs], 2)
+    g = pairs[0][1] if len(pairs) == 1 else torch.cat([x for _, x in pairs], 2)
+    if kind == "rows":
+        return LookupSite(shape, a[0, :, :, 0], _wide(g[0]))
+    return LinearSite(shape, list(zip(a.unbind(0), g.to(a.dtype).unbind(0), strict=True)), kind == "transposed")
+
+
+def _bias_rows(normal: Normal, grad: Tensor) -> Tensor:
+    """(M, O), each group's outputs side by side."""
+    if normal.bias is not None:
+        return normal.bias(_wide(grad))
+    g = _wide(normal.grads(grad)).sum(2)  # (G, M, O)
+    return g.movedim(0, 1).reshape(g.shape[1], -1)
+
+
+def _scale_rows(a: Tensor, g: Tensor) -> Tensor:
+    """sum_t g_t o a_t: a (N, T, p), g (M, T, p) -> (M, p)"""
+    n, t, p = a.shape
+    return torch.einsum("kntp,ntp->knp", _wide(g).reshape(-1, n, t, p), _wide(a)).reshape(-1, p)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(ops.accumulate_dtype(x.dtype))
