@@ -14,7 +14,7 @@ from hvpfast.cli.errors import UserError, extra
 from hvpfast.cli.experiment import Experiment, Settings, arpack_check
 
 # MNIST's products cost ten times as much: curvature of its first training samples only, by fewer probes
-MNIST = {"curvature_samples": 1000, "trace_probes": 32, "density_probes": 4, "density_steps": 48, "plane_steps": 25}
+MNIST = {"curvature_samples": 2000, "trace_probes": 32, "density_probes": 4, "density_steps": 48, "plane_steps": 25}
 COLUMNS = ("epoch", "loss", "test acc", "lambda_max", "lambda_min", "trace", "matvecs", "seconds")
 WIDTHS = (5, 9, 8, 10, 10, 17, 7, 7)
 

@@ -34,7 +34,8 @@ _CAPTIONS = {
     "density": "How the Hessian's eigenvalues are distributed after training, by stochastic Lanczos quadrature. Nearly all "
     "lie at zero; the few on the right carry the curvature. Stems are the nodes of the quadrature.",
     "landscape": "The loss on a plane through the trained parameters (star), along two random, orthogonal directions in which "
-    "every filter is scaled to the norm of the network's own (Li et al. 2018). Another seed shows another plane.",
+    "every filter is scaled to the norm of the network's own (Li et al. 2018). Another seed shows "
+    "another plane, and the star need not be its lowest point.",
 }
 
 

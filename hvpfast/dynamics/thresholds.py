@@ -151,7 +151,7 @@ def _sgd(group: dict, lr: float) -> Threshold:
             symbol = r"(2+2\beta)/(\eta(1-d))"
     note = "It holds for full batches; under mini-batches lambda_max stays below it"
     if beta and not group["nesterov"] and not dampening:
-        note += f", anywhere from {_n(_over(2 * (1 - beta), lr))} (small batches) to {_n(value)} (large ones)"
+        note += f"; a run at its edge settles between {_n(_over(2 * (1 - beta), lr))} (small batches) and {_n(value)} (large)"
     note += "."
     decay = float(group["weight_decay"])
     if decay:

@@ -99,7 +99,7 @@ def test_what_has_no_single_threshold_raises():
 
 def test_minibatch_range_of_the_heavy_ball():
     threshold = stability_threshold(torch.optim.SGD([parameter()], lr=0.1, momentum=0.9))
-    assert "from 2 (small batches) to 38 (large ones)" in threshold.note
+    assert "between 2 (small batches) and 38 (large)" in threshold.note
     assert threshold.symbol == r"(2+2\beta)/\eta" and threshold.optimiser == "heavy ball"
 
 
