@@ -1,11 +1,13 @@
 """Compiles every Triton kernel for A100, H100 and B200 without a GPU, and holds what comes out against limits.
 
     python -m hvpfast.kernels.ahead            # table; exit status 1 where a row breaks its limits
-    python -m hvpfast.kernels.ahead --write    # take what was found as the new limits (kernels/limits.json)
+    python -m hvpfast.kernels.ahead --only "gram fp32 bf16x3.* sm_90"    # those whose name matches
+    python -m hvpfast.kernels.ahead --write    # widen the limits (kernels/limits.json) to what was found
 
-A row breaks its limits by a spill, by more registers or shared memory than its limit or its target allows, or by losing its
-tensor-core instructions: wgmma on sm_90, mma on sm_80, tcgen05 on sm_100. Registers and local memory are those of the cubin
-(`cuobjdump` from the triton wheel). This says that the kernels exist and fit, not that they are fast.
+The limits hold for Triton 3.6 and 3.9. A row breaks them by a spill, by more registers or shared memory than its limit or
+the smallest target allows, or by losing tensor-core instructions: mma on sm_80, wgmma on sm_90, tcgen05 on sm_100.
+Registers, stack and spills are read off the cubin (`cuobjdump` from the triton wheel). All this says that the kernels exist
+and fit, not that they are fast.
 """
 
 from __future__ import annotations
@@ -50,6 +52,9 @@ class Case(NamedTuple):
     known: tuple[str, ...]  # integer arguments that are divisible by 16, as pointers always are here
     tile: Tile  # its warps and stages
     tensor_cores: bool
+
+    def key(self, target: int) -> str:
+        return f"{self.kernel} {self.dtype} {self.config} sm_{target}"
 
 
 class Row(NamedTuple):
@@ -190,14 +195,15 @@ COLUMNS = Row._fields
 def check(rows: list[Row], limits: dict[str, dict[str, int]]) -> list[str]:
     """What breaks the rules or its own limits, one sentence each."""
     broken = []
-    for row, case in zip(rows, (case for case in cases() for _ in TARGETS), strict=True):
+    needs_cores = {case.key(target): case.tensor_cores for case in cases() for target in TARGETS}
+    for row in rows:
         limit = limits.get(row.key)
         if row.spills or row.stack:
             broken.append(f"{row.key}: {row.spills} local loads and stores, {row.stack} bytes of stack: it spills")
         if row.shared > SHARED:
             broken.append(f"{row.key}: {row.shared} bytes of shared memory; RTX-class GPUs have {SHARED}")
         cores = {"sm_80": row.mma, "sm_90": row.wgmma, "sm_100": row.tcgen05}[row.target]
-        if case.tensor_cores and not cores:
+        if needs_cores[row.key] and not cores:
             broken.append(f"{row.key}: it lost its tensor-core instructions")
         if limit is None:
             broken.append(f"{row.key}: no limits; write them with --write")
@@ -207,25 +213,29 @@ def check(rows: list[Row], limits: dict[str, dict[str, int]]) -> list[str]:
                 broken.append(f"{row.key}: {getattr(row, name)} {name}, the limit is {limit[name]}")
         if cores < limit["tensor"]:
             broken.append(f"{row.key}: {cores} tensor-core instructions, the least is {limit['tensor']}")
-    gone = set(limits) - {row.key for row in rows}
+    gone = set(limits) - set(needs_cores)
     return broken + [f"{key}: has limits but is not compiled any more; use --write" for key in sorted(gone)]
 
 
-def limits_of(rows: list[Row]) -> dict[str, dict[str, int]]:
-    """Limits with room for another Triton's register allocation: a quarter more, at most 255."""
-    return {
-        row.key: {
-            "registers": min(255, -(-row.registers * 5 // 4)),
-            "shared": row.shared,
-            "tensor": max(row.wgmma, row.mma, row.tcgen05),
+def widened(limits: dict[str, dict[str, int]], rows: list[Row]) -> dict[str, dict[str, int]]:
+    """Limits that the rows keep and that are as wide as those before: what several versions of Triton need."""
+    new = {}
+    for row in rows:
+        least = max(row.wgmma, row.mma, row.tcgen05)
+        old = limits.get(row.key, {"registers": 0, "shared": 0, "tensor": least})
+        new[row.key] = {
+            "registers": max(old["registers"], min(255, -(-row.registers // 8) * 8)),
+            "shared": max(old["shared"], row.shared),
+            "tensor": min(old["tensor"], least),
         }
-        for row in rows
-    }
+    return new
 
 
-def compile_all(progress: bool = False) -> list[Row]:
-    """Compile every case for every target, one process a core."""
-    jobs = [(index, target) for index in range(len(cases())) for target in TARGETS]
+def compile_all(only: str = "", progress: bool = False) -> list[Row]:
+    """Compile every case for every target (those whose name matches `only`), one process a core."""
+    jobs = [(i, target) for i, case in enumerate(cases()) for target in TARGETS if re.search(only, case.key(target))]
+    if not jobs:
+        raise ValueError(f"compile_all: nothing is called {only!r}; names look like {cases()[0].key(90)!r}")
     rows: list[Row] = []
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(_compile_job, *zip(*jobs, strict=True)):
@@ -251,16 +261,19 @@ def table(rows: list[Row], header: bool = True) -> str:
 def main() -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m hvpfast.kernels.ahead", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="take what was found as the new limits")
-    write = parser.parse_args().write
+    parser.add_argument("--write", action="store_true", help="widen the limits to what was found")
+    parser.add_argument("--only", default="", metavar="REGEX", help="compile only what matches")
+    arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit(
             "hvpfast.kernels.ahead: TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it"
         )
-    rows = compile_all(progress=True)
-    if write:
-        LIMITS.write_text(json.dumps(limits_of(rows), indent=1) + "\n")
-    broken = check(rows, json.loads(LIMITS.read_text()) if LIMITS.exists() else {})
+    rows = compile_all(arguments.only, progress=True)
+    limits = json.loads(LIMITS.read_text()) if LIMITS.exists() else {}
+    if arguments.write:
+        limits = widened(limits, rows) if not arguments.only else limits | widened(limits, rows)
+        LIMITS.write_text(json.dumps(limits, indent=1) + "\n")
+    broken = check(rows, limits)
     print(f"{len(rows)} compilations with triton {triton.__version__}, {len(broken)} broken")
     print("\n".join(broken))
     return 1 if broken else 0

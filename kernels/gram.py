@@ -25,8 +25,8 @@ from .tiles import Tile, cross, triangle
 # Not yet measured on a GPU.
 #   D up to, N up to, tile
 TILES: dict[str, tuple[tuple[float, float, Tile], ...]] = {
-    "exact": ((512, math.inf, Tile(64, 64, 4, 3, 16)), (math.inf, math.inf, Tile(128, 64, 8, 3, 16))),
-    "exact-odd": ((math.inf, math.inf, Tile(64, 64, 4, 4, 16)),),
+    "exact": ((512, math.inf, Tile(64, 64, 8, 3, 16)), (math.inf, math.inf, Tile(128, 64, 8, 3, 16))),
+    "exact-odd": ((math.inf, math.inf, Tile(64, 64, 8, 3, 16)),),
     "bf16": ((512, math.inf, Tile(64, 16, 4, 4, 64)), (math.inf, math.inf, Tile(128, 16, 8, 4, 64))),
     "bf16x3": ((512, math.inf, Tile(64, 16, 4, 4, 64)), (math.inf, math.inf, Tile(128, 16, 8, 4, 64))),
     "ieee": ((math.inf, math.inf, Tile(64, 16, 4, 3, 64)),),

@@ -27,6 +27,7 @@ TILES: dict[tuple[str, str], Tile] = {
     ("gram", "exact-odd"): Tile(64, 32, 8, 3, 32),
     ("gram", "bf16"): Tile(64, 16, 4, 4, 64),
     ("gram", "bf16x4"): Tile(64, 16, 4, 4, 64),
+    ("gram", "bf16x4-odd"): Tile(64, 16, 8, 3, 64),
     ("gram", "ieee"): Tile(64, 16, 8, 3, 64),
     ("gram", "ieee-odd"): Tile(64, 16, 8, 2, 64),
     ("direct", "exact"): Tile(64, 32, 8, 3, 32),
