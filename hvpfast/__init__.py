@@ -9,6 +9,7 @@ from hvpfast.capture import (
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_gram,
+    record,
 )
 from hvpfast.dispatch import BackendError, backend, backends, precision
 from hvpfast.operators import GGN, EmpiricalFisher, Hessian, Identity, LinearOperator

@@ -1,10 +1,8 @@
-"""Per-sample quantities of one batch: gradients, norms, inner products, second moments, clipped sums, in one pass."""
+"""One batch's per-sample gradients, each parameter as a `Site`: captured by the layers' rules, the rest by autograd."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +21,9 @@ class Samples:
 
     Args:
         model, loss, params: as for `Hessian`. batch: (X, y). who: the public call, for errors.
+
+    Attributes:
+        names, sites: of the parameters, in order.
     """
 
     def __init__(self, model: nn.Module, loss: object, batch: object, params: object, who: str):
@@ -61,7 +62,7 @@ class Samples:
             warnings.warn(
                 f"{self.problem.who}: no layer rule covers {', '.join(names[:6])}{' and more' if len(names) > 6 else ''}: "
                 f"their per-sample gradients come from autograd, which is exact and slower",
-                stacklevel=4,
+                stacklevel=6,
             )
         reached = torch.autograd.grad(losses.sum(), list(rest.values()), retain_graph=True, allow_unused=True)
         for name, slope in zip(names, reached, strict=True):
@@ -103,77 +104,6 @@ class Samples:
         except Exception:  # branches on values, in-place writes, no batching rule: the caller has another way
             return None
         return [grads[name].reshape(batch.target.shape[0], -1) for name in rest]
-
-    def each(self, function: Callable[[Site], Tensor]) -> dict[str, Tensor]:
-        return {name: function(site) for name, site in zip(self.names, self.sites, strict=True)}
-
-
-def per_sample_grads(model: nn.Module, loss: object, batch: object, *, params: object = None) -> dict[str, Tensor]:
-    """Gradients of each sample's own loss.
-
-    A sample's own loss is the loss of a batch of that sample alone: under a mean over a batch of N the batch's gradient is
-    the mean of these (weighted where the mean is: class weights, ignored targets), under a sum it is their sum.
-
-    Args:
-        model: a `torch.nn.Module`, a row of output a sample; dropout off, BatchNorm in eval mode.
-        loss: as for `hvpfast.Hessian`; a custom one must be a mean or a sum of per-sample terms.
-        batch: one (X, y). params: None for every parameter that requires grad, or names, Parameters or a dict.
-
-    Returns:
-        {name: (N, *param.shape)}, float32 (float64 for float64). Tied weights and modules called twice are summed exactly.
-
-    Raises:
-        StateError, NonFiniteError, ValueError, TypeError: as for `hvpfast.GGN`.
-    """
-    return Samples(model, loss, batch, params, "per_sample_grads").each(lambda site: site.sample_grads())
-
-
-def per_sample_grad_norms(model: nn.Module, loss: object, batch: object, *, params: object = None) -> Tensor:
-    """Euclidean norms of the per-sample gradients over all parameters together, without the gradients: (N,).
-
-    Arguments, samples and errors as for `per_sample_grads`.
-    """
-    samples = Samples(model, loss, batch, params, "per_sample_grad_norms")
-    return sum(site.norms_squared() for site in samples.sites).clamp_(min=0).sqrt_()
-
-
-def per_sample_gram(model: nn.Module, loss: object, batch: object, *, params: object = None) -> Tensor:
-    """Inner products of the per-sample gradients over all parameters together: (N, N).
-
-    Arguments, samples and errors as for `per_sample_grads`.
-    """
-    return sum(site.gram() for site in Samples(model, loss, batch, params, "per_sample_gram").sites)
-
-
-def grad_second_moment(model: nn.Module, loss: object, batch: object, *, params: object = None) -> dict[str, Tensor]:
-    """Elementwise second moments of the per-sample gradients, `sum_n g_n o g_n`, a sum over samples: {name: param.shape}.
-
-    Arguments, samples and errors as for `per_sample_grads`.
-    """
-    return Samples(model, loss, batch, params, "grad_second_moment").each(lambda site: site.second_moment())
-
-
-def clipped_grad(
-    model: nn.Module, loss: object, batch: object, *, max_norm: float, params: object = None
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Sum of the per-sample gradients, each scaled down to at most `max_norm`, and their norms before that.
-
-    `sum_n min(1, max_norm / |g_n|) g_n`: a sum over samples (divide by N for a mean), one pass, no (N, P) array.
-
-    Args:
-        max_norm: the bound C, positive. Others as for `per_sample_grads`.
-
-    Returns:
-        ({name: param.shape}, (N,) norms).
-
-    Source: M. Abadi et al., arXiv:1607.00133, Algorithm 1 (without the noise).
-    """
-    if not max_norm > 0:
-        raise ValueError(f"clipped_grad: max_norm is {max_norm}; it must be positive")
-    samples = Samples(model, loss, batch, params, "clipped_grad")
-    norms = sum(site.norms_squared() for site in samples.sites).clamp_(min=0).sqrt_()
-    scale = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp_(max=1).unsqueeze(1)
-    return samples.each(lambda site: site.weighted(scale)[0]), norms
 
 
 def _one(inputs: object) -> object:

@@ -7,7 +7,7 @@ the autograd graph, so that functional uses, parametrisations and checkpoints ar
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
 from hvpfast.capture.sites import Site, site_of
+
+
+# Layers whose first axis is the batch by definition.
+_BATCH_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
 @dataclass
@@ -30,6 +34,7 @@ class Call:
     version: int
     edge: GradientEdge
     normal: Normal
+    doubtful: bool  # two axes have one extent, either may be the batch's
 
     def check(self) -> None:
         if self.x._version != self.version:
@@ -58,9 +63,7 @@ class Tape:
                     counts[id(p)] = counts.get(id(p), 0) + 1
                     if kinds.setdefault(id(p), kind) != kind:
                         doubtful.add(id(p))  # tied across different kinds of layers: no one rule has all of it
-            if call.x.shape[0] != n or (
-                call.x.dim() > 2 and call.x.shape[1] == n > 1 and not self._batch_first(call, output)
-            ):
+            if call.x.shape[0] != n or (call.doubtful and n > 1 and not self._batch_first(call, output)):
                 doubtful.update(mine)
         return [uses[i] > 0 and counts[id(p)] == uses[i] and id(p) not in doubtful for i, p in enumerate(params)]
 
@@ -85,8 +88,13 @@ class Tape:
 
 
 @contextlib.contextmanager
-def recording(model: nn.Module, params: Sequence[Tensor]) -> Iterator[Tape]:
-    """Within the block, calls of layers with a rule that own any of `params` go onto the tape."""
+def recording(
+    model: nn.Module, params: Sequence[Tensor], watch: Callable[[int, Tensor], None] | None = None
+) -> Iterator[Tape]:
+    """Within the block, calls of layers with a rule that own any of `params` go onto the tape.
+
+    `watch` is told each call's number and the layer's own output.
+    """
     tape, wanted, handles = Tape(), {id(p) for p in params}, []
 
     def hook(name: str):
@@ -97,14 +105,18 @@ def recording(model: nn.Module, params: Sequence[Tensor]) -> Iterator[Tape]:
             x = args[0].detach() if args and isinstance(args[0], Tensor) else None
             if x is None or x.dim() < 1 or output.dim() < 2:
                 return
-            if output.dim() != x.dim() and not isinstance(module, nn.Embedding):
-                return
+            if isinstance(module, _BATCH_FIRST) and x.dim() == len(getattr(module, "kernel_size", ())) + 1:
+                return  # an image without a batch axis
             normal = rule(module, x)
             if normal is None:
                 return
             mine = (module._parameters.get("weight"), module._parameters.get("bias"))
             weight, bias = (p if p is not None and id(p) in wanted else None for p in mine)
-            tape.calls.append(Call(name, weight, bias, x, x._version, get_gradient_edge(output), normal))
+            square = output.dim() > 2 and x.dim() > 1 and x.shape[0] == x.shape[1]
+            doubtful = square and not isinstance(module, _BATCH_FIRST)
+            tape.calls.append(Call(name, weight, bias, x, x._version, get_gradient_edge(output), normal, doubtful))
+            if watch is not None:
+                watch(len(tape.calls) - 1, output)
 
         return record
 

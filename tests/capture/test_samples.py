@@ -171,3 +171,108 @@ def test_float32_and_16_bit_models():
         norms = hf.per_sample_grad_norms(model, nn.CrossEntropyLoss(), (case.inputs.to(dtype), y))
         assert norms.dtype == torch.float32
         assert relative(norms.double(), truth) < bound
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4, 6, 100])
+def test_chunks_give_the_same(chunk_size):
+    case = make("cnn, groups and dilation")
+    loss, batch = nn.CrossEntropyLoss(label_smoothing=0.1), (case.inputs, torch.arange(6) % 3)
+    whole, parts = (hf.per_sample_grads(case.model, loss, batch, chunk_size=c) for c in (None, chunk_size))
+    assert all(relative(parts[name], whole[name]) < 1e-12 for name in whole)
+    norms = hf.per_sample_grad_norms(case.model, loss, batch)
+    assert relative(hf.per_sample_grad_norms(case.model, loss, batch, chunk_size=chunk_size), norms) < 1e-12
+    moments = [hf.grad_second_moment(case.model, loss, batch, chunk_size=c) for c in (None, chunk_size)]
+    assert all(relative(moments[1][name], moments[0][name]) < 1e-12 for name in whole)
+    clipped = [hf.clipped_grad(case.model, loss, batch, max_norm=0.1, chunk_size=c) for c in (None, chunk_size)]
+    assert all(relative(clipped[1][0][name], clipped[0][0][name]) < 1e-12 for name in whole)
+    with pytest.raises(ValueError, match="chunk_size is 0"):
+        hf.per_sample_grads(case.model, loss, batch, chunk_size=0)
+
+
+RECORDED = [
+    "mlp",
+    "relu",
+    "cnn, groups and dilation",
+    "conv1d",
+    "conv3d",
+    "called twice",
+    "batchnorm in eval",
+    "linear over positions",
+]
+
+
+@pytest.mark.parametrize("model_name", RECORDED)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_tape_of_the_users_own_pass(model_name, reduction):
+    """One ordinary backward pass under `record`: the same per-sample quantities, and the same `.grad` as without."""
+    case = make(model_name)
+    loss, y = nn.CrossEntropyLoss(reduction=reduction), torch.arange(6) % case.classes
+    truth = own_gradients(case.model, loss, case.inputs, y)
+    with hf.record(case.model) as tape:
+        loss(case.model(case.inputs), y).backward()
+    whole = torch.cat([p.grad.reshape(-1) for p in case.model.parameters()])
+    assert relative(whole, truth.mean(0) if reduction == "mean" else truth.sum(0)) < 1e-12
+    grads = hf.per_sample_grads(tape, reduction=reduction)
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+    assert relative(hf.per_sample_grad_norms(tape, reduction=reduction), truth.norm(dim=1)) < 1e-12
+    assert relative(hf.per_sample_gram(tape, reduction=reduction), truth @ truth.T) < 1e-12
+    moment = hf.grad_second_moment(tape, reduction=reduction)
+    assert relative(torch.cat([m.reshape(-1) for m in moment.values()]), truth.square().sum(0)) < 1e-12
+    bound = float(truth.norm(dim=1).median())
+    clipped, _ = hf.clipped_grad(tape, max_norm=bound, reduction=reduction)
+    scale = (bound / truth.norm(dim=1)).clamp(max=1)
+    assert relative(torch.cat([c.reshape(-1) for c in clipped.values()]), scale @ truth) < 1e-12
+
+
+def test_a_tape_refuses_what_it_cannot_know():
+    case = make("mlp")
+    loss, y = nn.CrossEntropyLoss(), torch.arange(6) % 3
+    with hf.record(case.model) as tape:
+        value = loss(case.model(case.inputs), y)
+    with pytest.raises(hf.StateError, match="no backward pass"):
+        hf.per_sample_grads(tape, reduction="mean")
+    with hf.record(case.model) as tape:
+        loss(case.model(case.inputs), y).backward()
+    with pytest.raises(ValueError, match="say reduction='mean'"):
+        hf.per_sample_grads(tape)
+    with pytest.raises(TypeError, match="a tape takes neither loss"):
+        hf.per_sample_grads(tape, loss, reduction="mean")
+    with pytest.raises(TypeError, match="a model without batch"):
+        hf.per_sample_grads(case.model, loss)
+    with hf.record(case.model) as twice:
+        (loss(case.model(case.inputs), y) + loss(case.model(case.inputs), y)).backward()
+    with pytest.raises(hf.StateError, match="the tape saw 2 forward passes"):
+        hf.per_sample_grads(twice, reduction="mean")
+    value.backward()
+    tied = make("tied")
+    with hf.record(tied.model) as tape:
+        loss(tied.model(tied.inputs), y).backward()
+    with pytest.raises(hf.StateError, match=r"does not have every use of 'first.weight'"):
+        hf.per_sample_grads(tape, reduction="mean")
+    with hf.record(tied.model, params=["head.weight"]) as tape:
+        loss(tied.model(tied.inputs), y).backward()
+    assert list(hf.per_sample_grads(tape, reduction="mean")) == ["head.weight"]
+    norm = make("batchnorm in eval").model.train()
+    with pytest.raises(hf.StateError, match="BatchNorm uses batch statistics"):
+        hf.record(norm)
+
+
+class Tokens(nn.Module):
+    """Embedding, norms and Linears over tokens, time first, with as many tokens as samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.norm, self.head = nn.Embedding(9, 4, padding_idx=0), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, tokens):
+        return self.head(torch.tanh(self.norm(self.embedding(tokens.T)))).mean(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*no layer rule covers")
+@pytest.mark.parametrize("positions", [6, 4])
+def test_tokens_with_time_first(positions):
+    torch.manual_seed(0)
+    model, x, y = Tokens().double(), torch.randint(0, 9, (6, positions)), torch.arange(6) % 3
+    truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
+    grads = hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y))
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12

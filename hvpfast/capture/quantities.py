@@ -1,0 +1,215 @@
+"""Per-sample gradients, norms, inner products, second moments and clipped sums: from a model or from a tape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hvpfast.capture.data import Data, batch_size, tensors_in
+from hvpfast.capture.record import record, scale_of
+from hvpfast.capture.samples import Samples
+from hvpfast.capture.sites import Site
+
+_ARGUMENTS = """
+    Args:
+        model: a `torch.nn.Module`, a row of output a sample; dropout off, BatchNorm in eval mode. Or a tape from
+            `hvpfast.record`, with neither loss nor batch and `reduction` said.
+        loss: as for `hvpfast.Hessian`; a custom one must be a mean or a sum of per-sample terms.
+        batch: one (X, y).
+        params: None for every parameter that requires grad, or names, Parameters or a dict.
+        reduction: only with a tape: "mean" or "sum", what the loss of the recorded pass did over samples.
+"""
+
+
+def _chunks(
+    who: str, model: object, loss: object, batch: object, params: object, reduction: str | None, chunk_size: int | None
+) -> Iterator[tuple[tuple[str, ...], list[Site], float]]:
+    """Names, sites, and the factor that makes a site's rows gradients of the samples' own losses; one a chunk."""
+    if isinstance(model, record):
+        if loss is not None or batch is not None or params is not None or chunk_size is not None:
+            raise TypeError(f"{who}: a tape takes neither loss, batch, params nor chunk_size: it has its pass already")
+        yield model.names, model.sites(who), scale_of(reduction, model.samples, who)
+        return
+    if reduction is not None:
+        raise TypeError(f"{who}: reduction is for tapes; with a model the loss says it")
+    if loss is None or batch is None:
+        raise TypeError(
+            f"{who}: got a model without {'loss' if loss is None else 'batch'}; call {who}(model, loss, batch)"
+        )
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"{who}: chunk_size is {chunk_size!r}; it must be a positive number of samples")
+    for part in _split(batch, chunk_size, who):
+        samples = Samples(model, loss, part, params, who)
+        yield samples.names, samples.sites, 1.0
+
+
+def _split(batch: object, chunk_size: int | None, who: str) -> Iterator[object]:
+    if chunk_size is None:
+        yield batch
+        return
+    (one,) = Data(batch if isinstance(batch, tuple) else [batch], who)
+    n = batch_size(one.inputs)
+    for x in tensors_in((one.inputs, one.target)):
+        if x.dim() == 0 or x.shape[0] != n:
+            raise ValueError(
+                f"{who}: chunk_size splits every tensor of the batch along its first axis, but one has shape "
+                f"{tuple(x.shape)} where N = {n}"
+            )
+    for start in range(0, n, chunk_size):
+        rows = slice(start, min(start + chunk_size, n))
+        yield _taken(one.inputs, rows), _taken(one.target, rows)
+
+
+def _taken(item: object, rows: slice) -> object:
+    if isinstance(item, Tensor):
+        return item[rows]
+    if isinstance(item, dict):
+        return {name: _taken(value, rows) for name, value in item.items()}
+    return type(item)(_taken(value, rows) for value in item) if isinstance(item, (tuple, list)) else item
+
+
+def _documented(function: Callable) -> Callable:
+    function.__doc__ = function.__doc__.replace("\n    @ARGUMENTS\n", _ARGUMENTS)
+    return function
+
+
+@_documented
+def per_sample_grads(
+    model: nn.Module | record,
+    loss: object = None,
+    batch: object = None,
+    *,
+    params: object = None,
+    reduction: str | None = None,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Gradients of each sample's own loss.
+
+    A sample's own loss is the loss of a batch of that sample alone: under a mean over a batch of N the batch's gradient is
+    the mean of these (weighted where the mean is: class weights, ignored targets), under a sum it is their sum.
+
+    @ARGUMENTS
+        chunk_size: samples run through the model at a time; None for all.
+
+    Returns:
+        {name: (N, *param.shape)}, float32 (float64 for float64). Tied weights and modules called twice are summed exactly.
+
+    Raises:
+        StateError, NonFiniteError, ValueError, TypeError: as for `hvpfast.GGN` and `hvpfast.record`.
+    """
+    parts: dict[str, list[Tensor]] = {}
+    for names, sites, scale in _chunks("per_sample_grads", model, loss, batch, params, reduction, chunk_size):
+        for name, site in zip(names, sites, strict=True):
+            grads = site.sample_grads()
+            parts.setdefault(name, []).append(grads if scale == 1 else grads * scale)
+    return {name: some[0] if len(some) == 1 else torch.cat(some) for name, some in parts.items()}
+
+
+def _norms(sites: list[Site], scale: float) -> Tensor:
+    return sum(site.norms_squared() for site in sites).clamp_(min=0).sqrt_().mul_(scale)
+
+
+@_documented
+def per_sample_grad_norms(
+    model: nn.Module | record,
+    loss: object = None,
+    batch: object = None,
+    *,
+    params: object = None,
+    reduction: str | None = None,
+    chunk_size: int | None = None,
+) -> Tensor:
+    """Euclidean norms of the per-sample gradients over all parameters together, without the gradients: (N,).
+
+    @ARGUMENTS
+        chunk_size: samples run through the model at a time; None for all.
+
+    Samples and errors as for `per_sample_grads`.
+    """
+    chunks = _chunks("per_sample_grad_norms", model, loss, batch, params, reduction, chunk_size)
+    return torch.cat([_norms(sites, scale) for _, sites, scale in chunks])
+
+
+@_documented
+def per_sample_gram(
+    model: nn.Module | record,
+    loss: object = None,
+    batch: object = None,
+    *,
+    params: object = None,
+    reduction: str | None = None,
+) -> Tensor:
+    """Inner products of the per-sample gradients over all parameters together: (N, N).
+
+    @ARGUMENTS
+
+    Samples and errors as for `per_sample_grads`.
+    """
+    ((_, sites, scale),) = _chunks("per_sample_gram", model, loss, batch, params, reduction, None)
+    return sum(site.gram() for site in sites).mul_(scale**2)
+
+
+@_documented
+def grad_second_moment(
+    model: nn.Module | record,
+    loss: object = None,
+    batch: object = None,
+    *,
+    params: object = None,
+    reduction: str | None = None,
+    chunk_size: int | None = None,
+) -> dict[str, Tensor]:
+    """Elementwise second moments of the per-sample gradients, `sum_n g_n o g_n`, a sum over samples: {name: param.shape}.
+
+    @ARGUMENTS
+        chunk_size: samples run through the model at a time; None for all.
+
+    Samples and errors as for `per_sample_grads`.
+    """
+    total: dict[str, Tensor] = {}
+    for names, sites, scale in _chunks("grad_second_moment", model, loss, batch, params, reduction, chunk_size):
+        for name, site in zip(names, sites, strict=True):
+            moment = site.second_moment()
+            moment = moment if scale == 1 else moment * scale**2
+            total[name] = total[name].add_(moment) if name in total else moment
+    return total
+
+
+@_documented
+def clipped_grad(
+    model: nn.Module | record,
+    loss: object = None,
+    batch: object = None,
+    *,
+    max_norm: float,
+    params: object = None,
+    reduction: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Sum of the per-sample gradients, each scaled down to at most `max_norm`, and their norms before that.
+
+    `sum_n min(1, max_norm / |g_n|) g_n`: a sum over samples (divide by N for a mean), one pass, no (N, P) array.
+
+    @ARGUMENTS
+        max_norm: the bound C, positive.
+        chunk_size: samples run through the model at a time; None for all.
+
+    Returns:
+        ({name: param.shape}, (N,) norms). Samples and errors as for `per_sample_grads`.
+
+    Source: M. Abadi et al., arXiv:1607.00133, Algorithm 1 (without the noise).
+    """
+    if not max_norm > 0:
+        raise ValueError(f"clipped_grad: max_norm is {max_norm}; it must be positive")
+    total: dict[str, Tensor] = {}
+    every: list[Tensor] = []
+    for names, sites, scale in _chunks("clipped_grad", model, loss, batch, params, reduction, chunk_size):
+        norms = _norms(sites, scale)
+        weights = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp_(max=1).mul_(scale).unsqueeze(1)
+        for name, site in zip(names, sites, strict=True):
+            clipped = site.weighted(weights)[0]
+            total[name] = total[name].add_(clipped) if name in total else clipped
+        every.append(norms)
+    return total, torch.cat(every)
