@@ -32,7 +32,9 @@ def headers():
 
 
 def find_nvcc():
-    candidates = [os.environ.get("HVPFAST_NVCC")]
+    if "HVPFAST_NVCC" in os.environ:  # this one or none
+        return shutil.which(os.environ["HVPFAST_NVCC"])
+    candidates = []
     for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"):
         candidates.append(os.path.join(home, "bin", "nvcc") if home else None)
     candidates.append(shutil.which("nvcc"))
@@ -45,6 +47,9 @@ class BuildKernels(build_ext):
     def run(self):
         if REQUEST not in ("auto", "none", "cpu", "cuda"):
             raise SystemExit(f"HVPFAST_BUILD is {REQUEST!r}; it must be one of auto, none, cpu, cuda")
+        for device in ("cpu", "cuda"):
+            if REQUEST in (device, "cuda") and self.skip_reason(device) is not None:  # before minutes of compilation
+                raise SystemExit(f"HVPFAST_BUILD={REQUEST} was requested, but {self.skip_reason(device)}")
         self.report = {"request": REQUEST, "python": sys.version.split()[0]}
         super().run()
 
@@ -56,11 +61,11 @@ class BuildKernels(build_ext):
             try:
                 self.build_cuda(ext) if device == "cuda" else self.build_cpu(ext)
             except Exception as error:  # any failure is a reason here; a requested build re-raises it
-                if required:
-                    raise
+                if required:  # SystemExit: setuptools turns a compiler's error in an optional extension into a warning
+                    raise SystemExit(
+                        f"HVPFAST_BUILD={REQUEST} was requested, but building {ext.name} failed: {error}"
+                    ) from error
                 reason = f"the build failed: {str(error).strip() or type(error).__name__}"
-        elif required:
-            raise SystemExit(f"HVPFAST_BUILD={REQUEST} was requested, but {reason}")
         self.report[device] = "built" if reason is None else reason
         if reason is not None:
             print(f"hvpfast: {ext.name} is left out: {reason}", file=sys.stderr)
@@ -74,6 +79,8 @@ class BuildKernels(build_ext):
         if REQUEST == "none" or (REQUEST == "cpu" and device == "cuda"):
             return f"HVPFAST_BUILD={REQUEST}"
         if device == "cuda" and find_nvcc() is None:
+            if "HVPFAST_NVCC" in os.environ:
+                return f"HVPFAST_NVCC is {os.environ['HVPFAST_NVCC']!r}, which is not a program that can be run"
             return "nvcc was not found (set CUDA_HOME, or HVPFAST_NVCC to its path)"
         return None
 

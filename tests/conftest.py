@@ -15,3 +15,7 @@ def clean_env(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("HVPFAST_", "TRITON_"))]:
         monkeypatch.delenv(name)
     return dict(os.environ)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "install: builds and installs hvpfast (minutes); -m 'not install' leaves it out")
