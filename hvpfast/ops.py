@@ -287,7 +287,7 @@ def _check_second_moment(a, g, *, out=None):
         _output("second_moment", out, (g.shape[2], a.shape[2]), a)
 
 
-@op(check=_check_second_moment)
+@op(check=_check_second_moment, backends=("cpu",))
 def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Sum over samples of the squared per-sample gradients, `sum_m (g_m' a_m) o (g_m' a_m)`, elementwise squares.
 

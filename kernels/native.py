@@ -115,6 +115,22 @@ def cpu_sample_norms_squared_supports(a, g, *, precision="auto") -> str | None:
     return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
 
 
+def cpu_second_moment(a, g, *, out=None, precision="auto"):
+    if out is None:
+        shape = (g.shape[2], a.shape[2])
+        out = g.new_empty(shape, dtype=torch.float64 if g.dtype is torch.float64 else torch.float32)
+    _modules["cpu"].second_moment(
+        a.data_ptr(), a.shape, a.stride(), g.data_ptr(), g.shape, g.stride(), _CPU_DTYPES[a.dtype],
+        out.data_ptr(), out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def cpu_second_moment_supports(a, g, *, out=None, precision="auto") -> str | None:
+    return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
+
+
+
 # CUDA C++ kernels -----------------------------------------------------------------------------------------------------
 
 _CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}

@@ -49,5 +49,13 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         sample_norms_squared(inputs, grads, reinterpret_cast<void*>(out), Precision(precision), threads);
     });
+    m.def("second_moment", [](uintptr_t a, py::tuple a_shape, py::tuple a_strides, uintptr_t g, py::tuple g_shape,
+                              py::tuple g_strides, int dtype, uintptr_t out, py::tuple out_strides, int precision, int threads) {
+        const Batch inputs = batch(a, dtype, a_shape, a_strides), grads = batch(g, dtype, g_shape, g_strides);
+        const Out sums{reinterpret_cast<void*>(out), grads.features, inputs.features, py::cast<int64_t>(out_strides[0]),
+                       py::cast<int64_t>(out_strides[1])};
+        py::gil_scoped_release release;
+        second_moment(inputs, grads, sums, Precision(precision), threads);
+    });
     tier_in_use();  // a tier forced by HVPFAST_CPU that cannot run fails the import, saying why
 }

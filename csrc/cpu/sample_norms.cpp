@@ -10,32 +10,6 @@
 namespace hvpfast {
 namespace {
 
-constexpr int64_t kDepth = 256;  // rows packed at a time; longer sums go through a block of sums (accuracy: engine.hpp)
-
-// A matrix packed whole: k in slices of kDepth, [slice][panel].
-template <class T>
-struct Packed {
-    const Engine<T>& engine;
-    int64_t features, k, panels, slices;
-    Packed(const Engine<T>& with, int64_t wide, int64_t deep)
-        : engine(with), features(wide), k(deep), panels(ceil_div(wide, with.panel)), slices(ceil_div(deep, kDepth)) {}
-    int64_t slice_bytes() const { return panels * engine.panel_bytes(least(k, kDepth)); }
-    int64_t bytes() const { return slices * slice_bytes(); }
-    int64_t depth(int64_t slice) const { return least(kDepth, k - slice * kDepth); }
-    const char* at(const char* base, int64_t slice, int64_t panel) const {
-        return base + slice * slice_bytes() + panel * engine.panel_bytes(depth(slice));
-    }
-    int64_t width(int64_t panel) const { return least(engine.panel, features - panel * engine.panel); }
-    void pack(const Rows& x, char* left, char* right, PackStats* stats) const {
-        for (int64_t slice = 0; slice < slices; ++slice)
-            for (int64_t p = 0; p < panels; ++p) {
-                const int64_t at = slice * slice_bytes() + p * engine.panel_bytes(depth(slice));
-                engine.pack(x, slice * kDepth, depth(slice), p, false, left == nullptr ? nullptr : left + at,
-                            right == nullptr ? nullptr : right + at, stats);
-            }
-    }
-};
-
 // Sum of (left' right) o other over one block, `other` null: of squares. `scratch`: one block.
 template <class T>
 double block_sum(const Packed<T>& left, const char* a, int64_t i, const Packed<T>& right, const char* b, int64_t j, T* other, T* scratch) {
@@ -143,9 +117,12 @@ bool norms_with(const Engine<T>& engine, bool by_gram, const Batch& a, const Bat
         seen[2 * index] = of_a.largest;
         seen[2 * index + 1] = of_g.largest;
     });
-    if (engine.tier == Tier::amx)
-        for (int t = 0; t < used; ++t)
-            if (!bf16_holds(seen[2 * t]) || !bf16_holds(seen[2 * t + 1])) return false;
+    uint32_t largest_a = 0, largest_g = 0;
+    for (int t = 0; t < used; ++t) {
+        largest_a = seen[2 * t] > largest_a ? seen[2 * t] : largest_a;
+        largest_g = seen[2 * t + 1] > largest_g ? seen[2 * t + 1] : largest_g;
+    }
+    if (engine.tier == Tier::amx && !bf16_holds(largest_a, largest_g)) return false;
     for (int64_t m = 0; m < m_all; ++m) {
         double sum = 0;
         for (int64_t part = 0; part < (splits == 1 ? 1 : used); ++part) sum += partial[part * m_all + m];

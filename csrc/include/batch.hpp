@@ -1,4 +1,4 @@
-// Views of one sample of a batch, and what a product of panels costs.
+// Views of one sample of a batch, a matrix packed whole, and what a product of panels costs.
 #pragma once
 
 #include "engine.hpp"
@@ -20,6 +20,32 @@ inline Rows by_position(const Batch& x, int64_t n) {
 inline Rows by_feature(const Batch& x, int64_t n) {
     return {at_element(x.data, x.dtype, n * x.batch_stride), x.dtype, 1, x.features, x.positions, 0, x.feature_stride, x.position_stride};
 }
+
+constexpr int64_t kDepth = 256;  // rows packed at a time; longer sums go through a block of sums (accuracy: engine.hpp)
+
+// A matrix packed whole: k in slices of kDepth, [slice][panel].
+template <class T>
+struct Packed {
+    const Engine<T>& engine;
+    int64_t features, k, panels, slices;
+    Packed(const Engine<T>& with, int64_t wide, int64_t deep)
+        : engine(with), features(wide), k(deep), panels(ceil_div(wide, with.panel)), slices(ceil_div(deep, kDepth)) {}
+    int64_t slice_bytes() const { return panels * engine.panel_bytes(least(k, kDepth)); }
+    int64_t bytes() const { return slices * slice_bytes(); }
+    int64_t depth(int64_t slice) const { return least(kDepth, k - slice * kDepth); }
+    const char* at(const char* base, int64_t slice, int64_t panel) const {
+        return base + slice * slice_bytes() + panel * engine.panel_bytes(depth(slice));
+    }
+    int64_t width(int64_t panel) const { return least(engine.panel, features - panel * engine.panel); }
+    void pack(const Rows& x, char* left, char* right, PackStats* stats) const {
+        for (int64_t slice = 0; slice < slices; ++slice)
+            for (int64_t p = 0; p < panels; ++p) {
+                const int64_t at = slice * slice_bytes() + p * engine.panel_bytes(depth(slice));
+                engine.pack(x, slice * kDepth, depth(slice), p, false, left == nullptr ? nullptr : left + at,
+                            right == nullptr ? nullptr : right + at, stats);
+            }
+    }
+};
 
 // Rough cycles of products (rows x cols) over k, `half`: upper triangle only. Rates: 16 cycles a tile product on AMX,
 // two vector multiply-adds a cycle elsewhere.

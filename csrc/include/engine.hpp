@@ -32,6 +32,14 @@ constexpr bool bf16_holds(uint32_t largest) {
     return largest == 0 || (largest > float_bits_of_power(-45) && largest < float_bits_of_power(50));
 }
 
+// The same for a product of two matrices: neither a split's low half nor the products may fall below float32's range.
+constexpr bool bf16_holds(uint32_t left, uint32_t right) {
+    return left < float_bits_of_power(50) && right < float_bits_of_power(50) &&
+           (left == 0 || right == 0 ||
+            (left > float_bits_of_power(-90) && right > float_bits_of_power(-90) &&
+             left + right > float_bits_of_power(-85) + float_bits_of_power(0)));
+}
+
 template <class T>
 struct Engine {
     int64_t panel;    // features a panel, and the row length of c

@@ -19,4 +19,7 @@ struct Batch {
 // out[m] = || g_m' a_{m % N} ||_F^2 for a (N, T, I), g (M, T, O); out: M contiguous float or double.
 void sample_norms_squared(const Batch& a, const Batch& g, void* out, Precision precision, int threads);
 
+// out (O, I) = sum_m (g_m' a_{m % N}) o (g_m' a_{m % N}) for a (N, T, I), g (M, T, O).
+void second_moment(const Batch& a, const Batch& g, const Out& out, Precision precision, int threads);
+
 }  // namespace hvpfast
