@@ -1,0 +1,340 @@
+"""Validates and times every kernel on this machine's GPU; `bench/gpu.sh` builds first and then runs this.
+
+Order: ceilings measured here (copy bandwidth, matrix products), then each op x backend x dtype against its reference in
+float64 (poisoned memory, twice for determinism), then times, each with the part of its floor that it reaches and with
+baselines in the same run. Writes bench/results/<device>-<date>.json after every step, so that a cut-off run leaves what it had.
+
+    python bench/gpu.py [--sanitize]      # --sanitize: small sizes only and no times, for compute-sanitizer
+
+HVPFAST_GPU_REHEARSAL=1 goes the same way on the CPU with tiny sizes and Triton's interpreter, writes to a temporary
+file, and keeps no times: a rehearsal says that this script works, and nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+REHEARSAL = os.environ.get("HVPFAST_GPU_REHEARSAL") == "1"
+if REHEARSAL:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from hvpfast import dispatch, testing  # noqa: E402
+
+DEVICE = "cpu" if REHEARSAL else "cuda"
+BACKENDS = ("cpu", "triton") if REHEARSAL else ("triton", "cuda")
+REPEATS, BUDGET_MS = (1, 1) if REHEARSAL else (100, 200.0)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# (N, T, I, O, K) of the validation: odd ones in every layout, large ones (tiles and splits as in real use) in one.
+ODD = ((1, 1, 1, 1, 1), (3, 1, 17, 63, 3), (17, 3, 63, 65, 1), (2, 65, 63, 17, 2), (65, 17, 3, 1, 1), (0, 2, 5, 3, 1))
+LARGE = (
+    ((3, 40, 70, 66, 1),) if REHEARSAL else ((32, 1024, 768, 512, 1), (64, 128, 1024, 1025, 2), (4096, 1, 2048, 512, 1))
+)
+# (N, D) of gram, (N, T, I, O) of the norms: what the README's tables show.
+GRAM = ((64, 48),) if REHEARSAL else ((32768, 768), (32768, 4096), (8192, 2048), (4096, 1024), (1024, 256))
+NORMS = ((3, 4, 16, 16), (3, 1, 16, 16)) if REHEARSAL else (
+    (256, 128, 4096, 4096), (32, 1024, 4096, 4096), (64, 256, 768, 3072), (64, 3136, 64, 64), (4096, 1, 4096, 4096),
+)  # fmt: skip
+
+
+class Timed(NamedTuple):
+    """What is timed: `run`, its least flops and bytes, and what multiplies: the key of a ceiling, and how often."""
+
+    group: str
+    name: str
+    run: Callable[[], object]
+    flops: float
+    bytes: float
+    ceiling: str = "bf16"
+    products: int = 1
+
+
+class Report:
+    """The results so far, on disk after every `add`."""
+
+    def __init__(self, keep: bool):
+        name = "rehearsal" if REHEARSAL else torch.cuda.get_device_name().replace(" ", "-")
+        folder = Path(__file__).parent / "results" if keep else Path(tempfile.mkdtemp(prefix="hvpfast-"))
+        folder.mkdir(exist_ok=True)
+        self.path = folder / f"{name}-{datetime.date.today().isoformat()}.json"
+        self.content = {"rehearsal": REHEARSAL, "machine": machine(), "ceilings": {}, "validation": [], "times": []}
+
+    def add(self, section: str, value: dict) -> None:
+        part = self.content[section]
+        part.update(value) if isinstance(part, dict) else part.append(value)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+
+def machine() -> dict[str, object]:
+    """What the figures depend on."""
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    facts = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version,
+        "cuda": torch.version.cuda,
+    }
+    if not REHEARSAL:
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"device": properties.name, "processors": properties.multi_processor_count}
+        facts |= {"capability": f"{properties.major}.{properties.minor}", "memory": properties.total_memory}
+    return facts | {"backends": [list(row) for row in dispatch.backends()]}
+
+
+def synchronize() -> None:
+    if not REHEARSAL:
+        torch.cuda.synchronize()
+
+
+def milliseconds(run: Callable[[], object]) -> list[float] | None:
+    """Times of single runs, in order of size: between events, with the L2 cache overwritten and a backlog before each, so
+    that neither the host nor a warm cache is measured. None in a rehearsal."""
+    run()
+    synchronize()
+    if REHEARSAL:
+        return None
+    start = time.perf_counter()
+    run()
+    synchronize()
+    once = 1e3 * (time.perf_counter() - start)
+    repeats = max(5, min(REPEATS, int(BUDGET_MS / max(once, 1e-3))))
+    flush = torch.empty(256 << 20, dtype=torch.int8, device=DEVICE)
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    for before, after in events:
+        flush.zero_()
+        flush.zero_()
+        before.record()
+        run()
+        after.record()
+    synchronize()
+    return sorted(before.elapsed_time(after) for before, after in events)
+
+
+def ceilings() -> dict[str, float | None]:
+    """Copy bandwidth in bytes/s (read plus written) and dense products in flop/s, as torch reaches them here."""
+    size, side = (1 << 10, 32) if REHEARSAL else (1 << 30, 8192)
+    source, target = (torch.randint(0, 99, (size,), dtype=torch.int8, device=DEVICE) for _ in range(2))
+    found = {"copy": rate(2 * size, milliseconds(lambda: target.copy_(source)))}
+    x = torch.randn(side, side, device=DEVICE)
+    for name, y, tf32 in (
+        ("bf16", x.bfloat16(), False),
+        ("fp16", x.half(), False),
+        ("tf32", x, True),
+        ("fp32", x, False),
+    ):
+        found[name] = rate(2 * side**3, milliseconds(with_tf32(tf32, lambda y=y: y @ y)))
+    return found
+
+
+def rate(work: float, times: list[float] | None) -> float | None:
+    return None if times is None else work / (statistics.median(times) * 1e-3)
+
+
+def with_tf32(allowed: bool, run: Callable[[], object]) -> Callable[[], object]:
+    """`run` with torch's float32 products in TF32, or in full."""
+
+    def called():
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            return run()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return called
+
+
+# validation -----------------------------------------------------------------------------------------------------------
+
+
+def poison_free_memory() -> None:
+    """Leaves NaN in the memory that the next outputs and workspaces are likely to get."""
+    torch.full((1 << 12 if REHEARSAL else 1 << 26,), float("nan"), device=DEVICE)
+
+
+def hold(op: dispatch.Op, backend: str, dtype: str, precision: str, sizes: tuple, layouts: tuple) -> dict[str, object]:
+    """One op on one backend against its reference: the row of the report."""
+    row = {"op": op.name, "backend": backend, "dtype": dtype, "precision": precision, "cases": 0, "failures": []}
+    for size in sizes:
+        for layout in layouts:
+            for label, args, kwargs in variants(op, size, DTYPES[dtype], layout):
+                try:
+                    with dispatch.precision(precision):
+                        reason = op.why_not(backend, *args, **kwargs)
+                        if reason is not None:
+                            row["refused"] = reason
+                            continue
+                        twice = [poisoned_run(op.on(backend), args, kwargs) for _ in range(2)]
+                    if not torch.equal(*twice):
+                        raise AssertionError("two runs gave different bits")
+                    stated = "bf16x3" if precision == "auto" else precision
+                    testing.assert_accurate(twice[0], op, *args, precision=stated, **kwargs)
+                    row["cases"] += 1
+                except (AssertionError, RuntimeError) as error:
+                    row["failures"].append(f"{label}: {type(error).__name__}: {error}")
+                    if "CUDA" in str(error):  # the context is lost: nothing after this can be trusted
+                        raise
+    return row
+
+
+def variants(op: dispatch.Op, size: tuple, dtype: torch.dtype, layout: str) -> Iterator[tuple[str, tuple, dict]]:
+    """Arguments of the op for one size: plain, and for gram also a running average with a ones column."""
+    label = " ".join(f"{name}={value}" for name, value in zip("NTIOK", size, strict=True)) + f" {layout}"
+    named = dict(zip("ntiok", size, strict=True))
+    args, kwargs = testing.make_inputs(op.name, **named, dtype=dtype, device=DEVICE, layout=layout)
+    yield label, args, kwargs
+    if op.name == "gram":
+        out = torch.randn(size[2] + 1, size[2] + 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        yield f"{label} blended", args, {"out": out, "alpha": 0.3, "beta": 0.7, "ones_column": True}
+
+
+def poisoned_run(run: Callable, args: tuple, kwargs: dict) -> Tensor:
+    """The result of one run; `out` is copied first, and the memory that is free holds NaN."""
+    kwargs = {name: value.clone() if name == "out" else value for name, value in kwargs.items()}
+    poison_free_memory()
+    return run(*args, **kwargs)
+
+
+def validate(report: Report, sizes: tuple, layouts: tuple) -> int:
+    """Every op x backend x dtype x precision; returns the count of failures."""
+    failures = 0
+    for op in dispatch.OPS.values():
+        for backend in BACKENDS:
+            if backend not in op.backends:
+                continue
+            for dtype in DTYPES:
+                for precision in ("ieee", "bf16x3", "bf16") if dtype == "fp32" else ("auto",):
+                    row = hold(op, backend, dtype, precision, sizes, layouts)
+                    report.add("validation", row)
+                    said = row.get("refused", "ok") if not row["failures"] else f"FAILED {row['failures']}"
+                    print(
+                        f"{op.name:<22}{backend:<8}{dtype:<6}{precision:<8}{row['cases']:>4} cases  {said}", flush=True
+                    )
+                    failures += len(row["failures"])
+    return failures
+
+
+# times ----------------------------------------------------------------------------------------------------------------
+
+
+def on(op: str, backend: str, precision: str, *args: Tensor, **kwargs) -> Callable[[], object] | None:
+    """The op bound to a backend and precision, or None where it cannot run."""
+    with dispatch.precision(precision):
+        if dispatch.OPS[op].why_not(backend, *args, **kwargs) is not None:
+            return None
+    bound = dispatch.OPS[op].on(backend)
+
+    def run():
+        with dispatch.precision(precision):
+            return bound(*args, **kwargs)
+
+    return run
+
+
+def kernels_of(op: str, group: str, flops: float, size: float, wide: tuple, narrow: tuple, **kwargs) -> Iterator[Timed]:
+    """Each backend and precision of an op: on float32 arguments (`wide`) and on the same in bf16 (`narrow`)."""
+    modes = (
+        ("bf16", "auto", 1, "bf16"),
+        ("fp32", "bf16x3", 3, "bf16"),
+        ("fp32", "bf16", 1, "bf16"),
+        ("fp32", "ieee", 1, "fp32"),
+    )
+    for backend in BACKENDS:
+        for dtype, precision, products, ceiling in modes:
+            run = on(op, backend, precision, *(narrow if dtype == "bf16" else wide), **kwargs)
+            if run is not None:
+                moved = size / 2 if dtype == "bf16" else size
+                yield Timed(group, f"{backend} {dtype} {precision}", run, flops, moved, ceiling, products)
+
+
+def gram_times(rows: int, width: int) -> Iterator[Timed]:
+    group = f"gram N={rows} D={width}"
+    x = torch.randn(rows, width, device=DEVICE)
+    narrow, out = x.bfloat16(), torch.zeros(width, width, device=DEVICE)
+    full, size, reference = 2 * rows * width**2, 4 * x.numel(), dispatch.OPS["gram"].reference
+    yield Timed(group, "torch.mm bf16, bf16 out", lambda: narrow.T @ narrow, full, size / 2)
+    yield Timed(group, "torch.mm tf32", with_tf32(True, lambda: torch.mm(x.T, x, out=out)), full, size, "tf32")
+    yield Timed(group, "torch.mm fp32", with_tf32(False, lambda: torch.mm(x.T, x, out=out)), full, size, "fp32")
+    yield Timed(
+        group, "reference bf16", lambda: reference(narrow, out=out, alpha=0.1, beta=0.9), full, size / 2, "fp32"
+    )
+    blend = {"out": out, "alpha": 0.1, "beta": 0.9}
+    yield from kernels_of("gram", group, rows * width * (width + 1), size, (x,), (narrow,), **blend)
+
+
+def norms_times(n: int, t: int, i: int, o: int) -> Iterator[Timed]:
+    group = f"sample_norms_squared N={n} T={t} I={i} O={o}"
+    a, g = torch.randn(n, t, i, device=DEVICE), torch.randn(n, t, o, device=DEVICE)
+    narrow = a.bfloat16(), g.bfloat16()
+    flops = 2 * n * (i + o) if t == 1 else n * t * min((t + 1) * (i + o), 2 * i * o)
+    size, reference = 4 * (a.numel() + g.numel()), dispatch.OPS["sample_norms_squared"].reference
+    left, right = narrow[1].flatten(0, 1), narrow[0].flatten(0, 1)
+    yield Timed(group, "weight gradient, torch.mm bf16", lambda: left.T @ right, 2 * n * t * i * o, size / 2)
+    yield Timed(group, "reference bf16", lambda: reference(*narrow), flops, size / 2, "fp32")
+    yield Timed(group, "reference fp32", lambda: reference(a, g), flops, size, "fp32")
+    yield from kernels_of("sample_norms_squared", group, flops, size, (a, g), narrow)
+
+
+def measure(report: Report, roof: dict[str, float | None], deadline: float) -> None:
+    """Times of every case, each with the share of its floor: max(flops / ceiling, bytes / bandwidth)."""
+    for make, shapes in ((gram_times, GRAM), (norms_times, NORMS)):
+        for shape in shapes:
+            for case in make(*shape):
+                if time.monotonic() > deadline:
+                    print("the time is over; the cases after this one are left out")
+                    return
+                times = milliseconds(case.run)
+                row = {"group": case.group, "name": case.name, "flops": case.flops * case.products, "bytes": case.bytes}
+                line = "rehearsed"
+                if times is not None:
+                    floor = 1e3 * max(row["flops"] / roof[case.ceiling], case.bytes / roof["copy"])
+                    cuts = statistics.quantiles(times, n=5)
+                    row |= {"ms": statistics.median(times), "p20": cuts[0], "p80": cuts[-1], "floor_ms": floor}
+                    line = f"{row['ms']:9.4f} ms  {100 * floor / row['ms']:5.1f} % of its floor"
+                report.add("times", row)
+                print(f"{case.group:<48}{case.name:<32}{line}", flush=True)
+
+
+def main() -> int:
+    """Returns 1 if a kernel disagrees with its reference."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sanitize", action="store_true", help="small sizes only, no times: for compute-sanitizer")
+    parser.add_argument("--seconds", type=float, default=420.0, help="start nothing new after this long (default 420)")
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    if not REHEARSAL and not torch.cuda.is_available():
+        raise SystemExit("bench/gpu.py: torch sees no CUDA device; HVPFAST_GPU_REHEARSAL=1 rehearses on the CPU")
+    report = Report(keep=not REHEARSAL and not arguments.sanitize)
+    if arguments.sanitize:
+        return 1 if validate(report, ODD[:4], ("contiguous", "offset")) else 0
+    roof = ceilings()
+    report.add("ceilings", roof)
+    print("ceilings:", {name: "rehearsed" if value is None else f"{value:.3e}" for name, value in roof.items()})
+    failures = validate(report, ODD[:3] if REHEARSAL else ODD, ("contiguous",) if REHEARSAL else testing.LAYOUTS)
+    failures += validate(report, LARGE, ("contiguous",))
+    measure(report, roof, deadline)
+    print(f"{failures} failures; wrote {report.path}")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
