@@ -88,6 +88,11 @@ class Data:
             self._prints = prints
         self.passes += 1
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one batch and no more, known without reading."""
+        return self.in_memory and len(self._source) == 1
+
     def versions(self) -> list[int]:
         """Version counters of in-memory data: they differ after a tensor was written to."""
         return [x._version for item in self._source for x in tensors_in(item)] if self.in_memory else []

@@ -134,7 +134,7 @@ class Problem:
     def check_finite(self, parts: list[Tensor | None], batch: Batch, what: str) -> None:
         """Raise NonFiniteError if a result, one tensor a parameter, holds NaN or inf; names batch, parameter, cause."""
         for name, part in zip(self.space.names, parts, strict=True):
-            if part is not None and not bool(torch.isfinite(part).all()):
+            if part is not None and not finite(part):
                 raise NonFiniteError(
                     f"{self.who}: batch {batch.index}: the {what} has NaN or inf at parameter {name!r}: "
                     f"{self._blame(batch, None)}"
@@ -170,6 +170,11 @@ class Problem:
         if self.loss.reduction == "sum":
             return 1.0
         return sum(weights) if weights else 1.0
+
+
+def finite(x: Tensor) -> bool:
+    """Whether x holds neither NaN nor inf: by its sum, one read and no temporary; element by element only if that is not."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 def chosen_parameters(model: nn.Module, params: object, who: str) -> dict[str, Tensor]:

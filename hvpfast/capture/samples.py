@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+
 import torch
 from torch import Tensor, nn
 
 from hvpfast.capture.data import Batch, call, tensors_in
 from hvpfast.capture.errors import NonFiniteError
-from hvpfast.capture.problem import Problem
+from hvpfast.capture.problem import Problem, finite
 from hvpfast.capture.sites import DenseSite, Site
 from hvpfast.capture.state import preserved
 from hvpfast.capture.tape import recording
@@ -48,7 +49,7 @@ class Samples:
             self.shares = problem.loss.shares(output.detach(), one.target)
         for name, site in zip(self.names, self.sites, strict=True):
             for x in site.tensors():
-                if not bool(torch.isfinite(x).all()):
+                if x.dtype.is_floating_point and not finite(x):
                     raise NonFiniteError(f"{who}: the per-sample gradients have NaN or inf at parameter {name!r}")
 
     def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:

@@ -17,28 +17,28 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
     Restored, also after an exception: train/eval of every submodule, buffers (values and identity), `.grad`,
     `requires_grad`, and the random state of the CPU and of the model's CUDA devices. Grad mode is on inside, also
-    under `torch.no_grad()` or `torch.inference_mode()`.
+    under `torch.no_grad()` or `torch.inference_mode()`. Inside, buffers are copies: a graph made there does not see the
+    originals' versions, and nothing has to be written back.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [
-        (module, name, tensor, None if tensor is None else tensor.detach().clone())
-        for module in model.modules()
-        for name, tensor in module._buffers.items()
-    ]
+    modules = list(model.modules())
+    modes = [(module, module.training) for module in modules]
+    buffers = [(module, name, tensor) for module in modules for name, tensor in module._buffers.items()]
     leaves = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     devices = sorted({p.device.index for p, _, _ in leaves if p.device.type == "cuda"})
     random, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
+    copies: dict[int, torch.Tensor] = {}
     try:
         with torch.inference_mode(False), torch.enable_grad():
+            for module, name, tensor in buffers:
+                if tensor is not None:
+                    copies.setdefault(id(tensor), tensor.detach().clone().requires_grad_(tensor.requires_grad))
+                    module._buffers[name] = copies[id(tensor)]
             yield
     finally:
         for module, training in modes:
             module.training = training
-        with torch.no_grad():
-            for module, name, tensor, values in buffers:
-                module._buffers[name] = tensor
-                if tensor is not None:
-                    _write_back(tensor, values)
+        for module, name, tensor in buffers:
+            module._buffers[name] = tensor
         for p, grad, requires_grad in leaves:
             if p.grad is not grad:
                 p.grad = grad
@@ -47,19 +47,6 @@ def preserved(model: nn.Module) -> Iterator[None]:
         torch.set_rng_state(random)
         for device, state in zip(devices, cuda, strict=True):
             torch.cuda.set_rng_state(state, device)
-
-
-def _write_back(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Put the saved values back only where they changed: writing bumps a version that saved graphs look at."""
-    if tensor.shape != values.shape or not _same(tensor, values):
-        tensor.resize_(values.shape).copy_(values)
-
-
-def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Bitwise-equal up to NaN payloads: NaN equals NaN here."""
-    if x.dtype.is_floating_point:
-        return bool(torch.equal(x.nan_to_num(nan=0.5), y.nan_to_num(nan=0.5)) and torch.equal(x.isnan(), y.isnan()))
-    return torch.equal(x, y)
 
 
 @contextlib.contextmanager

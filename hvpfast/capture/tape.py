@@ -18,7 +18,6 @@ from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
 from hvpfast.capture.sites import Site, site_of
 
-
 # Layers whose first axis is the batch by definition.
 _BATCH_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
@@ -35,6 +34,7 @@ class Call:
     edge: GradientEdge
     normal: Normal
     doubtful: bool  # two axes have one extent, either may be the batch's
+    patches: bool  # a convolution wider than one pixel
 
     def check(self) -> None:
         if self.x._version != self.version:
@@ -66,6 +66,10 @@ class Tape:
             if call.x.shape[0] != n or (call.doubtful and n > 1 and not self._batch_first(call, output)):
                 doubtful.update(mine)
         return [uses[i] > 0 and counts[id(p)] == uses[i] and id(p) not in doubtful for i, p in enumerate(params)]
+
+    def cheap(self) -> bool:
+        """Whether the captured `a` and `g` are no larger than the activations: not so for patches of a convolution."""
+        return not any(call.patches for call in self.calls)
 
     @staticmethod
     def _batch_first(call: Call, output: Tensor) -> bool:
@@ -114,7 +118,9 @@ def recording(
             weight, bias = (p if p is not None and id(p) in wanted else None for p in mine)
             square = output.dim() > 2 and x.dim() > 1 and x.shape[0] == x.shape[1]
             doubtful = square and not isinstance(module, _BATCH_FIRST)
-            tape.calls.append(Call(name, weight, bias, x, x._version, get_gradient_edge(output), normal, doubtful))
+            wide = isinstance(module, nn.modules.conv._ConvNd) and any(size > 1 for size in module.kernel_size)
+            edge = get_gradient_edge(output)
+            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, wide))
             if watch is not None:
                 watch(len(tape.calls) - 1, output)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hvpfast.capture.data import Batch, tensors_in
 from hvpfast.capture.errors import NonFiniteError, StateError
-from hvpfast.capture.problem import Evaluated, Problem
+from hvpfast.capture.problem import Evaluated, Problem, finite
 from hvpfast.capture.state import preserved, twice_differentiable
 from hvpfast.operators.linear import LinearOperator, chunks
 
@@ -63,21 +63,27 @@ class Curvature(LinearOperator):
             return self._sum_over_batches(rows.clone() if rows.is_inference() else rows)
 
     def _sum_over_batches(self, rows: Tensor) -> Tensor:
+        if not finite(rows):
+            raise ValueError(f"{type(self).__name__} @ v: the vector holds NaN or inf")
         parts = self.space.split(rows)
-        total = torch.zeros(rows.shape, dtype=rows.dtype, device=rows.device)
+        total = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         split = zip(total.split(self.space.sizes, 1), self.space.shapes, strict=True)
         views = [view.view(len(rows), *shape) for view, shape in split]
-        if not bool(torch.isfinite(rows).all()):
-            raise ValueError(f"{type(self).__name__} @ v: the vector holds NaN or inf")
-        weights, unreached = [], set(self.space.names)
+        weights, unreached, single = [], set(self.space.names), self.problem.data.single
         with contextlib.closing(self._pieces()) as pieces:  # closed, so restored, before an error leaves this call
             for piece, batch, weight in pieces:
+                factor = 1.0 if single else weight
                 for columns in chunks(len(rows), self._width(piece)):
                     results = self._product(piece, [part[columns] for part in parts], batch)
                     self.problem.check_finite(results, batch, "product")
                     for view, result in zip(views, results, strict=True):
-                        if result is not None:
-                            view[columns].add_(result, alpha=weight)
+                        if weights:
+                            if result is not None:
+                                view[columns].add_(result, alpha=factor)
+                        elif result is None:
+                            view[columns].zero_()
+                        else:
+                            view[columns].copy_(result if factor == 1 else result * factor)
                 weights.append(weight)
                 unreached -= {name for name, reached in zip(self.space.names, piece.reached, strict=True) if reached}
         if not weights:
@@ -91,7 +97,7 @@ class Curvature(LinearOperator):
                 + ": the loss does not depend on it, in any batch; leave it out with params="
             )
         self._scale = self.problem.batches_total(weights)
-        return total if self._scale == 1 else total.div_(self._scale)
+        return total if single or self._scale == 1 else total.div_(self._scale)
 
     def _product(self, piece: Piece, parts: list[Tensor], batch: Batch) -> list[Tensor | None]:
         try:
@@ -107,8 +113,7 @@ class Curvature(LinearOperator):
     def _pieces(self) -> Iterator[tuple[Piece, Batch, float]]:
         """Every batch's piece and weight: the kept ones if they are still those of the model and the data as they are."""
         self.problem.check_state()
-        state = self._model_state()
-        if self._kept is not None and state == self._state:
+        if self._kept is not None and self._model_state() == self._state:
             if not self._verified:  # a loader's second pass: does it give the same batches again?
                 with preserved(self.problem.model):
                     for _ in self.problem.data:
@@ -116,7 +121,7 @@ class Curvature(LinearOperator):
                 self._verified = True
             yield from self._kept
             return
-        self._kept, self._state = None, state
+        self._kept = None
         kept: list[tuple[Piece, Batch, float]] = []
         self._keeps = self._keeps and CACHE_BYTES > 0
         room = CACHE_BYTES if self._keeps else 0
@@ -134,21 +139,20 @@ class Curvature(LinearOperator):
                 yield piece, batch, evaluated.weight
                 del piece, evaluated
         if self._keeps:
-            self._kept = kept
+            self._kept, self._state = kept, self._model_state()
             self._verified = self.problem.data.in_memory or self.problem.data.passes > 1
 
     def _model_state(self) -> tuple:
         """Changes whenever a parameter, a buffer, a submodule's mode, or in-memory data do."""
-        model = self.problem.model
-        parameters = [p.detach() for p in model.parameters()]
-        norms = torch.stack([x.float() for x in torch._foreach_norm(parameters)]).tolist() if parameters else []
-        return (
-            [(p.data_ptr(), p._version) for p in model.parameters()],
-            norms,  # catches writes through `.data`, which leave the version alone
-            [(b.data_ptr(), b._version) for b in model.buffers()],
-            [module.training for module in model.modules()],
-            self.problem.data.versions(),
-        )
+        parameters, tensors, modes = [], [], []
+        for module in self.problem.model.modules():
+            modes.append(module.training)
+            parameters += [p for p in module._parameters.values() if p is not None]
+            tensors += [b for b in module._buffers.values() if b is not None]
+        with torch.no_grad():  # the norms catch writes through `.data`, which leave the version alone
+            norms = torch.stack([x.float() for x in torch._foreach_norm(parameters)]).tolist()
+        marks = [(x.data_ptr(), x._version) for x in (*parameters, *tensors)]
+        return norms, marks, modes, self.problem.data.versions()
 
     def _width(self, piece: Piece) -> int:
         """How many columns go through one graph together."""

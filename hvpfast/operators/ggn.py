@@ -12,7 +12,7 @@ from hvpfast.capture.problem import Evaluated
 from hvpfast.capture.sites import Site
 from hvpfast.capture.tape import Tape, recording
 from hvpfast.operators.curvature import Curvature
-from hvpfast.operators.linearize import Derivative, Jacobian, vmaps_well
+from hvpfast.operators.linearize import Derivative, Jacobian, go_together, saved_bytes
 
 
 class Piece:
@@ -21,7 +21,6 @@ class Piece:
     def __init__(self, jacobian: Jacobian, middle: Callable[[Tensor], Tensor], blocks: list[list[int]] | None):
         self._jacobian, self._middle, self._blocks = jacobian, middle, blocks
         self.reached, self.samples = jacobian.reached, jacobian.f.shape[0]
-        self._bytes: int | None = None
 
     def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
         if self._blocks is None:
@@ -34,9 +33,7 @@ class Piece:
         return results
 
     def bytes(self) -> int:
-        if self._bytes is None:
-            self._bytes = self._jacobian.bytes()
-        return self._bytes
+        return self._jacobian.bytes
 
 
 class RowsPiece:
@@ -106,15 +103,16 @@ class OutputCurvature(Curvature):
         output = self.problem.output_tensor(evaluated.output)
         params, tape = list(self._params.values()), self._tape
         self._tape = Tape()  # nothing of a batch outlives its piece
-        batched, outer = vmaps_well(self.problem.model), self._outer(evaluated, output)
-        if outer is not None and batched and all(tape.covered(output, params)):
+        outer = self._outer(evaluated, output)
+        if outer is not None and tape.cheap() and all(tape.covered(output, params)):
             u, weights = outer
-            pull = Derivative([output], [call.edge for call in tape.calls], batched)
+            together = go_together(self.problem.model, saved_bytes([output]))
+            pull = Derivative([output], [call.edge for call in tape.calls], together)
             grads = [None if g is None else g.reshape(-1, *g.shape[2:]) for g in pull([u])]
             sites = tape.sites(params, grads)
             return RowsPiece(sites, weights.repeat(u.shape[0]), output.shape[0], self._blocks)
         middle = self._middle(evaluated, output) if outer is None else outer_products(*outer)
-        return Piece(Jacobian(output, params, batched), middle, self._blocks)
+        return Piece(Jacobian(output, params, self.problem.model), middle, self._blocks)
 
 
 class GGN(OutputCurvature):

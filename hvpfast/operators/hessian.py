@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvpfast.capture.problem import Evaluated
 from hvpfast.operators.curvature import Curvature
-from hvpfast.operators.linearize import Derivative, gradient, saved_bytes, vmaps_well
+from hvpfast.operators.linearize import Derivative, go_together, gradient, saved_bytes
 
 
 class _Piece:
     """H v of one batch by a second reverse pass through the kept graph of the gradient (Pearlmutter 1994)."""
 
-    def __init__(self, evaluated: Evaluated, inputs: Sequence[Tensor], batched: bool):
+    def __init__(self, evaluated: Evaluated, inputs: Sequence[Tensor], model: nn.Module):
         slope = gradient(evaluated.value, inputs)
         self.reached = [x is not None for x in slope]
         self._curved = [i for i, x in enumerate(slope) if x is not None and x.requires_grad]
         self._slope = [slope[i] for i in self._curved]
-        self._derivative = Derivative(self._slope, inputs, batched)
+        self._bytes = saved_bytes(self._slope)
+        self._derivative = Derivative(self._slope, inputs, go_together(model, self._bytes))
         self._count = len(inputs)
-        self._bytes: int | None = None
 
     def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
         if not self._slope:  # the loss is linear in every parameter
@@ -29,8 +29,6 @@ class _Piece:
         return self._derivative([parts[i] for i in self._curved])
 
     def bytes(self) -> int:
-        if self._bytes is None:
-            self._bytes = saved_bytes(self._slope)
         return self._bytes
 
 
@@ -61,4 +59,4 @@ class Hessian(Curvature):
     _per_sample = False
 
     def _linearised(self, evaluated: Evaluated) -> _Piece:
-        return _Piece(evaluated, list(self._params.values()), vmaps_well(self.problem.model))
+        return _Piece(evaluated, list(self._params.values()), self.problem.model)
