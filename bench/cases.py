@@ -1,0 +1,155 @@
+"""The rows of the op benchmarks: which op, how large, which dtype; the work each needs; and torch's own ways to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Row(NamedTuple):
+    """One benchmark: an op at N samples, T positions, I and O features, K columns."""
+
+    op: str
+    n: int
+    t: int = 1
+    i: int = 1
+    o: int = 1
+    k: int = 1
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+
+    @property
+    def name(self) -> str:
+        sizes = {"gram": "n i", "softmax_hvp": "n o k"}.get(self.op, "n t i o k").split()
+        label = " ".join(f"{s.upper()}={getattr(self, s)}" for s in sizes if s != "k" or self.k > 1)
+        extra = "" if self.layout == "contiguous" else f" {self.layout}"
+        return f"{self.op} {label} {str(self.dtype).removeprefix('torch.')}{extra}"
+
+    def shrunk(self) -> Row:
+        """The same regime in miniature, for smoke runs."""
+        return self._replace(
+            n=min(self.n, 24), t=min(self.t, 9), i=min(self.i, 24), o=min(self.o, 24), k=min(self.k, 2)
+        )
+
+
+# (N, T, I, O): MLP layers, a transformer's linear maps, unfolded convolutions, long sequences of few features.
+_PAIRS = (
+    (256, 1, 784, 512),
+    (512, 1, 1024, 1024),
+    (64, 16, 512, 512),
+    (16, 128, 256, 1024),
+    (16, 128, 1024, 256),
+    (128, 64, 1152, 256),
+    (128, 1024, 27, 64),
+    (8, 2048, 64, 64),
+)
+_half = torch.bfloat16
+
+ROWS: tuple[Row, ...] = (
+    *(Row("gram", n, i=i) for n, i in ((8192, 1024), (8192, 2048), (4096, 4096), (1024, 256))),
+    *(Row("gram", n, i=i, dtype=_half) for n, i in ((8192, 1024), (8192, 2048), (4096, 4096), (1024, 256))),
+    *(Row("gram", n, i=i) for n, i in ((65536, 64), (16384, 512), (64, 2048), (256, 8), (1, 1024))),
+    *(Row("gram", 8192, i=1024, layout=layout) for layout in ("strided", "transposed")),
+    Row("gram", 4096, i=1024, dtype=torch.float64),
+    *(Row("sample_norms_squared", *pair) for pair in _PAIRS),
+    Row("sample_norms_squared", 16, 128, 256, 1024, dtype=_half),
+    Row("sample_norms_squared", 64, 64, 128, 128, 4),
+    *(Row("second_moment", *pair) for pair in _PAIRS),
+    *(Row("sample_grads", *pair) for pair in ((256, 1, 784, 512), (128, 1, 1024, 1024), (16, 128, 256, 1024))),
+    *(Row("sample_dots", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (16, 128, 256, 1024, 10))),
+    *(Row("weighted_grad", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (256, 1, 784, 512, 4))),
+    *(Row("softmax_hvp", n, o=o, k=k) for n, o, k in ((1024, 10, 1), (4096, 1000, 1), (1024, 10, 16), (128, 50257, 1))),
+)
+
+
+def work(row: Row) -> tuple[int, int]:
+    """(flops, bytes) that the op needs at the least: symmetry used, every tensor moved once."""
+    n, t, i, o, k = row[1:6]
+    size, m, wide = row.dtype.itemsize, row.n * row.k, max(row.dtype.itemsize, 4)
+    pair = size * (n * t * i + m * t * o)
+    product = 2 * m * t * i * o
+    if row.op == "gram":
+        return n * t * i * (i + 1), size * n * t * i + wide * i * i
+    if row.op == "sample_norms_squared":
+        grams = 2 * m * t * (i + o) if t == 1 else m * t * (t + 1) * (i + o)
+        return min(grams, product + 2 * m * i * o), pair + wide * m
+    if row.op == "second_moment":
+        return product + (0 if t == 1 else 2 * m * i * o), pair + wide * i * o
+    if row.op == "sample_grads":
+        return product, pair + wide * m * i * o
+    if row.op == "sample_dots":
+        return 2 * n * t * i * o * k + 2 * m * t * o * k, pair + wide * (k * i * o + m * k)
+    if row.op == "weighted_grad":
+        return 2 * n * t * i * o * 2, pair + wide * (2 * m + 2 * i * o)  # make_inputs gives two sums
+    if row.op == "softmax_hvp":
+        return 8 * m * t * o, size * (n * t * o + m * t * o) + wide * m * t * o
+    raise ValueError(f"work: no row for {row.op}")
+
+
+# torch's own formulations: what a user would write, the result kept where the op keeps it ------------------------------
+
+
+def _pairs(a: Tensor, g: Tensor) -> Tensor:
+    return a if len(a) == len(g) else a.repeat(len(g) // max(len(a), 1), 1, 1)
+
+
+def _mm(x: Tensor, *, out: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    return torch.mm(rows.T, rows, out=out) if out.dtype == rows.dtype else torch.mm(rows.T, rows)
+
+
+def _einsum(x: Tensor, *, out: Tensor) -> Tensor:
+    return torch.einsum("nti,ntj->ij", x, x)
+
+
+def _two_grams(a: Tensor, g: Tensor) -> Tensor:
+    a = _pairs(a, g)
+    return (torch.bmm(a, a.mT) * torch.bmm(g, g.mT)).sum((1, 2))
+
+
+def _materialised_norms(a: Tensor, g: Tensor) -> Tensor:
+    return torch.bmm(g.mT, _pairs(a, g)).square().sum((1, 2))
+
+
+def _materialised_moment(a: Tensor, g: Tensor, *, out: Tensor) -> Tensor:
+    return torch.sum(torch.bmm(g.mT, _pairs(a, g)).square_(), 0, out=out)
+
+
+def _einsum_moment(a: Tensor, g: Tensor, *, out: Tensor) -> Tensor:
+    return torch.einsum("mto,mti->moi", g, _pairs(a, g)).square().sum(0)
+
+
+FORMULATIONS: dict[str, dict[str, Callable]] = {
+    "gram": {"torch mm": _mm, "torch einsum": _einsum},
+    "sample_norms_squared": {"torch two Grams": _two_grams, "torch materialised": _materialised_norms},
+    "second_moment": {"torch materialised": _materialised_moment, "torch einsum": _einsum_moment},
+    "sample_grads": {
+        "torch bmm": lambda a, g, *, out: torch.bmm(g.mT, _pairs(a, g), out=out),
+        "torch einsum": lambda a, g, *, out: torch.einsum("mto,mti->moi", g, _pairs(a, g)),
+    },
+    "sample_dots": {
+        "torch einsum": lambda a, g, w: torch.einsum("mto,mti,koi->mk", g, _pairs(a, g), w),
+        "torch materialised": lambda a, g, w: torch.bmm(g.mT, _pairs(a, g)).flatten(1) @ w.flatten(1).T,
+    },
+    "weighted_grad": {
+        "torch einsum": lambda a, g, c: torch.einsum("mk,mto,mti->koi", c, g, _pairs(a, g)),
+        "torch weigh, then mm": lambda a, g, c: torch.stack(
+            [(g * w[:, None, None]).flatten(0, 1).T @ _pairs(a, g).flatten(0, 1) for w in c.T]
+        ),
+    },
+    "softmax_hvp": {
+        "torch double backward": lambda logits, v, *, weight: _double_backward(logits, v, weight),
+    },
+}
+
+
+def _double_backward(logits: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    leaf = logits.detach().requires_grad_()
+    target = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device).flatten()
+    losses = F.cross_entropy(leaf.flatten(0, -2), target, reduction="none")
+    (slope,) = torch.autograd.grad((losses * weight.flatten()).sum(), leaf, create_graph=True)
+    return torch.stack([torch.autograd.grad(slope, leaf, one, retain_graph=True)[0] for one in v])
