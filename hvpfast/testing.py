@@ -130,6 +130,7 @@ def make_inputs(
         "sample_dots": lambda: ((*pair(), draw(k, o, i)), {}),
         "weighted_grad": lambda: ((*pair(), draw(k * n, 2)), {}),
         "second_moment": lambda: (pair(), {}),
+        "conv_gram": lambda: ((draw(n, i, t + 2, 5), 3), {"padding": 1}),
         "softmax_hvp": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t)}),
     }
     if name not in recipes:

@@ -130,6 +130,89 @@ def cpu_second_moment_supports(a, g, *, out=None, precision="auto") -> str | Non
     return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
 
 
+def _cpu_convolution(x, kernel_size, stride, padding, dilation) -> tuple[tuple[int, ...], ...]:
+    """(size, memory stride, kernel, stride, dilation, padding before, positions) of three axes; those not there are 1."""
+    axes = x.dim() - 2
+
+    def each(value) -> tuple[int, ...]:
+        values = (value,) if isinstance(value, int) else tuple(value)
+        return values * axes if len(values) == 1 else values
+
+    kernel, steps, spread = each(kernel_size), each(stride), each(dilation)
+    reach = [d * (k - 1) for k, d in zip(kernel, spread, strict=True)]
+    if isinstance(padding, str):
+        around = reach if padding == "same" else [0] * axes
+        before = [r // 2 for r in around]
+    else:
+        before = each(padding)
+        around = [2 * p for p in before]
+    rows = [
+        (size, hop, k, s, d, p, (size + both - r - 1) // s + 1)
+        for size, hop, k, s, d, p, both, r in zip(
+            x.shape[2:], x.stride()[2:], kernel, steps, spread, before, around, reach, strict=True
+        )
+    ]
+    return ((1, 0, 1, 1, 1, 0, 1),) * (3 - axes) + tuple(rows)
+
+
+def cpu_conv_gram(
+    x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
+    out=None, alpha=1.0, beta=0.0, precision="auto",
+):  # fmt: skip
+    axes = _cpu_convolution(x, kernel_size, stride, padding, dilation)
+    offsets, positions, channels = 1, 1, x.shape[1] // groups
+    for axis in axes:
+        offsets, positions = offsets * axis[2], positions * axis[6]
+    features = channels * offsets
+    width = features + ones_column
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    if out is None:
+        out = x.new_empty((width, width) if groups == 1 else (groups, width, width), dtype=wide)
+    blocks = out if groups > 1 else out[None]
+    for group in range(groups):
+        part, block = x[:, group * channels : (group + 1) * channels], blocks[group]
+        _modules["cpu"].conv_gram(
+            part.data_ptr(), _CPU_DTYPES[x.dtype], x.shape[0], channels, *x.stride()[:2], axes, alpha, beta,
+            block.data_ptr(), *block.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(),
+        )  # fmt: skip
+        if ones_column:
+            totals = _cpu_patch_sums(part.sum(0, dtype=wide), axes).mul_(alpha)
+            count = alpha * x.shape[0] * positions
+            if beta != 0:
+                totals_row, count = totals + beta * block[-1, :-1], count + beta * block[-1, -1]
+                totals = totals + beta * block[:-1, -1]
+            else:
+                totals_row = totals
+            block[-1, :-1], block[:-1, -1], block[-1, -1] = totals_row, totals, count
+    return out
+
+
+def _cpu_patch_sums(image: torch.Tensor, axes) -> torch.Tensor:
+    """image (C, *spatial) -> (C * offsets,): for every kernel offset, the sum of the values that it meets."""
+    for axis, (size, _, k, s, d, p, positions) in enumerate(axes[3 - (image.dim() - 1) :]):
+        taken = image.new_zeros(size, k)  # taken[r, u] = 1 where offset u meets input position r
+        for u in range(k):
+            first = u * d - p
+            skipped = max(0, -(first // s))
+            taken[first + skipped * s : first + (positions - 1) * s + 1 : s, u] = 1 if first + skipped * s < size else 0
+        image = torch.movedim(torch.tensordot(image, taken, dims=([axis + 1], [0])), -1, axis + 1)
+    return image.flatten()
+
+
+def cpu_conv_gram_supports(
+    x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
+    out=None, alpha=1.0, beta=0.0, precision="auto",
+) -> str | None:  # fmt: skip
+    if x.dtype not in _CPU_DTYPES:
+        return _cpu_dtype_reason("x", x)
+    if kfac_approx == "reduce":
+        return "the kernel sums over positions; 'reduce' averages them first"
+    if x.numel() == 0:
+        return "x is empty"
+    return None
+
+
+
 
 # CUDA C++ kernels -----------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
 // The Python module hvpfast.kernels._cpu: arguments are addresses and integers, checked by the launchers in native.py.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
 
 #include "kernels.hpp"
 #include "tiers.hpp"
@@ -56,6 +59,19 @@ PYBIND11_MODULE(_cpu, m) {
                        py::cast<int64_t>(out_strides[1])};
         py::gil_scoped_release release;
         second_moment(inputs, grads, sums, Precision(precision), threads);
+    });
+    m.def("conv_gram", [](uintptr_t x, int dtype, int64_t batch, int64_t channels, int64_t batch_stride, int64_t channel_stride,
+                          py::tuple axes, double alpha, double beta, uintptr_t out, int64_t row_stride, int64_t col_stride,
+                          int precision, int threads) {
+        Convolution shape{reinterpret_cast<const void*>(x), Dtype(dtype), batch, channels, batch_stride, channel_stride, {}, {}, {}, {}, {}, {}, {}};
+        for (int d = 0; d < 3; ++d) {  // each axis: (size, stride in memory, kernel, stride, dilation, padding before, positions)
+            const auto axis = py::cast<std::array<int64_t, 7>>(axes[size_t(d)]);
+            shape.size[d] = axis[0], shape.space_stride[d] = axis[1], shape.kernel[d] = axis[2], shape.stride[d] = axis[3];
+            shape.dilation[d] = axis[4], shape.before[d] = axis[5], shape.positions[d] = axis[6];
+        }
+        const int64_t width = channels * shape.offsets();
+        py::gil_scoped_release release;
+        conv_gram(shape, alpha, beta, Out{reinterpret_cast<void*>(out), width, width, row_stride, col_stride}, Precision(precision), threads);
     });
     tier_in_use();  // a tier forced by HVPFAST_CPU that cannot run fails the import, saying why
 }

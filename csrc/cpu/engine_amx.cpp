@@ -199,10 +199,6 @@ template <int PARTS>
 HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t a1, int64_t b1, int64_t groups, const char* fetch) {
     constexpr int64_t kStep = 2 * PARTS * kTile;
     const char* const fetched = fetch == nullptr ? nullptr : fetch + kPanel * kPanel * 4;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
     for (int64_t g = 0; g < groups; ++g, a += kStep, b += kStep) {
         if (fetch != fetched) {
 #pragma GCC unroll 8
@@ -242,6 +238,28 @@ HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t a1, int64_t b1
     }
 }
 
+HVPFAST_INLINE void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+HVPFAST_INLINE void store_sums(float* to) {
+    constexpr int64_t kRow = kPanel * 4;
+    _tile_stored(0, to, kRow);
+    _tile_stored(1, to + 16, kRow);
+    _tile_stored(2, to + 16 * kPanel, kRow);
+    _tile_stored(3, to + 16 * kPanel + 16, kRow);
+    __asm__ volatile("" ::: "memory");
+}
+
+HVPFAST_INLINE void add_block(float* c, const float* held) {
+#pragma GCC unroll 8
+    for (int64_t e = 0; e < kPanel * kPanel; e += 16)
+        _mm512_storeu_ps(c + e, _mm512_add_ps(_mm512_loadu_ps(c + e), _mm512_load_ps(held + e)));
+}
+
 // Sum over the valid ni x nj part only: a zero feature times an inf is NaN.
 double total(const float* held, const float* with, int64_t ni, int64_t nj) {
     __m512d total = _mm512_setzero_pd();
@@ -260,21 +278,14 @@ double total(const float* held, const float* with, int64_t ni, int64_t nj) {
 template <int PARTS>
 double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t nj, int64_t k, bool, float* c,
              const float* next) {
-    constexpr int64_t kRow = kPanel * 4;
     alignas(64) float held[kPanel * kPanel];
-    float* sums = mode == Mode::store ? c : held;
     __asm__ volatile("" ::: "memory");  // the tile intrinsics do not say that they read memory
+    zero_sums();
     sum_2x2<PARTS>(static_cast<const char*>(left), static_cast<const char*>(right), ni > 16 ? PARTS * kTile : 0,
                    nj > 16 ? PARTS * kTile : 0, ceil_div(k, kGroup), reinterpret_cast<const char*>(next));
-    _tile_stored(0, sums, kRow);
-    _tile_stored(1, sums + 16, kRow);
-    _tile_stored(2, sums + 16 * kPanel, kRow);
-    _tile_stored(3, sums + 16 * kPanel + 16, kRow);
-    __asm__ volatile("" ::: "memory");
+    store_sums(mode == Mode::store ? c : held);
     if (mode == Mode::add) {
-#pragma GCC unroll 8
-        for (int64_t e = 0; e < kPanel * kPanel; e += 16)
-            _mm512_storeu_ps(c + e, _mm512_add_ps(_mm512_loadu_ps(c + e), _mm512_load_ps(held + e)));
+        add_block(c, held);
     } else if (mode == Mode::add_square) {
 #pragma GCC unroll 8
         for (int64_t e = 0; e < kPanel * kPanel; e += 16) {
@@ -288,8 +299,25 @@ double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t
 }
 
 template <int PARTS>
+void walk(const void* left, const void* right, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over, float* c) {
+    constexpr int64_t kGroupBytes = 2 * PARTS * kTile;
+    const char* a = static_cast<const char*>(left) + left_row / kGroup * kGroupBytes;
+    const char* b = static_cast<const char*>(right) + right_row / kGroup * kGroupBytes;
+    alignas(64) float held[kPanel * kPanel];
+    __asm__ volatile("" ::: "memory");
+    zero_sums();
+    for (int64_t run = 0; run < over.runs; ++run) {
+        sum_2x2<PARTS>(a, b, ni > 16 ? PARTS * kTile : 0, nj > 16 ? PARTS * kTile : 0, over.k / kGroup, nullptr);
+        a += over.left_step / kGroup * kGroupBytes;
+        b += over.right_step / kGroup * kGroupBytes;
+    }
+    store_sums(held);
+    add_block(c, held);
+}
+
+template <int PARTS>
 constexpr Engine<float> engine() {
-    return {kPanel, kGroup, false, Tier::amx, panel_bytes<PARTS>, pack<PARTS>, block<PARTS>, nullptr, begin, end};
+    return {kPanel, kGroup, false, Tier::amx, panel_bytes<PARTS>, pack<PARTS>, block<PARTS>, walk<PARTS>, nullptr, nullptr, begin, end};
 }
 
 constexpr Engine<float> kOnce = engine<1>(), kThrice = engine<2>();

@@ -47,7 +47,7 @@ struct Float256 {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half_part(p, n)), 16));
     }
     HVPFAST_INLINE V load_f16(const uint16_t* p, int n) { return _mm256_cvtph_ps(half_part(p, n)); }
-    HVPFAST_INLINE bool transpose(const T*, int64_t, int, T*) { return false; }
+    HVPFAST_INLINE bool turn(const T*, int64_t, int, T*, int64_t) { return false; }
 };
 
 struct Double256 {
@@ -72,7 +72,7 @@ struct Double256 {
     }
     HVPFAST_INLINE V load_bf16(const uint16_t*, int) { return zero(); }  // float64 engines read float64 only
     HVPFAST_INLINE V load_f16(const uint16_t*, int) { return zero(); }
-    HVPFAST_INLINE bool transpose(const T*, int64_t, int, T*) { return false; }
+    HVPFAST_INLINE bool turn(const T*, int64_t, int, T*, int64_t) { return false; }
 };
 
 }  // namespace

@@ -41,15 +41,15 @@ struct Float512 {
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
     }
     HVPFAST_INLINE V load_f16(const uint16_t* p, int n) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
-    // 16 rows of n features that lie `stride` apart, rows adjacent in memory -> [16 rows][16 features].
-    HVPFAST_INLINE bool transpose(const T* p, int64_t stride, int n, T* dst) {
+    // n arrays of 16 values, `stride` apart -> 16 rows of 16, `pitch` apart.
+    HVPFAST_INLINE bool turn(const T* p, int64_t stride, int n, T* dst, int64_t pitch) {
         __m512i lanes[16];
 #pragma GCC unroll 16
         for (int j = 0; j < 16; ++j)
             lanes[j] = j < n ? _mm512_loadu_si512(p + j * stride) : _mm512_setzero_si512();
         transpose16(lanes);
 #pragma GCC unroll 16
-        for (int r = 0; r < 16; ++r) _mm512_storeu_si512(dst + r * 16, lanes[r]);
+        for (int r = 0; r < 16; ++r) _mm512_storeu_si512(dst + r * pitch, lanes[r]);
         return true;
     }
 };
@@ -70,7 +70,7 @@ struct Double512 {
     HVPFAST_INLINE V load_part(const T* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
     HVPFAST_INLINE V load_bf16(const uint16_t*, int) { return zero(); }  // float64 engines read float64 only
     HVPFAST_INLINE V load_f16(const uint16_t*, int) { return zero(); }
-    HVPFAST_INLINE bool transpose(const T*, int64_t, int, T*) { return false; }
+    HVPFAST_INLINE bool turn(const T*, int64_t, int, T*, int64_t) { return false; }
 };
 
 }  // namespace

@@ -17,24 +17,29 @@ struct Body {
     static int64_t strip_stride(int64_t k) { return k * W + 64 / int64_t(sizeof(T)); }  // one line off a power of two
     static int64_t panel_bytes(int64_t k) { return 3 * strip_stride(k) * int64_t(sizeof(T)); }
 
+    struct Runs {
+        int64_t count = 1, left = 0, right = 0;  // in elements
+    };
+
     template <int NJ>
-    HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c) {
+    HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs) {
         V acc[R][NJ];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int j = 0; j < NJ; ++j) acc[r][j] = P::zero();
-        for (int64_t kk = 0; kk < k; ++kk) {
-            V right[NJ];
+        for (int64_t run = 0; run < runs.count; ++run, a += runs.left, b += runs.right)
+            for (int64_t kk = 0; kk < k; ++kk) {
+                V right[NJ];
 #pragma GCC unroll 4
-            for (int j = 0; j < NJ; ++j) right[j] = P::load(b + j * stride + kk * W);
+                for (int j = 0; j < NJ; ++j) right[j] = P::load(b + j * stride + kk * W);
 #pragma GCC unroll 16
-            for (int r = 0; r < R; ++r) {
-                const V left = P::broadcast(a + kk * W + r);
+                for (int r = 0; r < R; ++r) {
+                    const V left = P::broadcast(a + kk * W + r);
 #pragma GCC unroll 4
-                for (int j = 0; j < NJ; ++j) acc[r][j] = P::fma(left, right[j], acc[r][j]);
+                    for (int j = 0; j < NJ; ++j) acc[r][j] = P::fma(left, right[j], acc[r][j]);
+                }
             }
-        }
         if (mode == Mode::sum_square) {
             V sum = P::zero();
 #pragma GCC unroll 16
@@ -64,17 +69,17 @@ struct Body {
         return 0;
     }
 
-    static double tiles(int nj, Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c) {
-        if (nj == 3) return tile<3>(mode, a, b, k, stride, c);
-        if (nj == 2) return tile<2>(mode, a, b, k, stride, c);
-        return tile<1>(mode, a, b, k, stride, c);
+    static double tiles(int nj, Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs) {
+        if (nj == 3) return tile<3>(mode, a, b, k, stride, c, runs);
+        if (nj == 2) return tile<2>(mode, a, b, k, stride, c, runs);
+        return tile<1>(mode, a, b, k, stride, c, runs);
     }
 
     // Sum over the valid part of an edge tile only: a zero feature times an inf would give NaN.
     static double edge(Mode mode, const T* a, const T* b, int64_t rows, int64_t cols, int64_t k, int64_t stride,
                        const T* c) {
         alignas(64) T held[R * kPanel];
-        tiles(int(ceil_div(cols, W)), Mode::store, a, b, k, stride, held);
+        tiles(int(ceil_div(cols, W)), Mode::store, a, b, k, stride, held, Runs());
         double sum = 0;
         for (int64_t r = 0; r < rows; ++r)
             for (int64_t j = 0; j < cols; ++j) {
@@ -101,9 +106,33 @@ struct Body {
             if (sums && (i + R > ni || wide % W != 0))
                 sum += edge(mode, rows, cols, least(R, ni - i), wide, k, stride, at);
             else
-                sum += tiles(int(ceil_div(wide, W)), mode, rows, cols, k, stride, at);
+                sum += tiles(int(ceil_div(wide, W)), mode, rows, cols, k, stride, at, Runs());
         }
         return sum;
+    }
+
+    static void walk(const void* left, const void* right, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over,
+                     T* c) {
+        const T* a = static_cast<const T*>(left) + left_row * W;
+        const T* b = static_cast<const T*>(right) + right_row * W;
+        const int64_t stride = strip_stride(over.packed);
+        Runs runs;
+        runs.count = over.runs;
+        runs.left = over.left_step * W;
+        runs.right = over.right_step * W;
+        for (int64_t i = 0; i < ni; i += R)
+            tiles(int(ceil_div(nj, W)), Mode::add, a + (i / W) * stride + i % W, b, over.k, stride, c + i * kPanel, runs);
+    }
+
+    static void turn(const T* from, int64_t apart, int64_t lanes, int64_t count, T* to, int64_t pitch) {
+        for (int64_t s = 0; s * W < lanes; ++s, from += W * apart, to += W) {
+            const int n = int(least(W, lanes - s * W));
+            int64_t r = 0;
+            for (; r + W <= count && P::turn(from + r, apart, n, to + r * pitch, pitch); r += W) {
+            }
+            for (; r < count; ++r)
+                for (int j = 0; j < W; ++j) to[r * pitch + j] = j < n ? from[j * apart + r] : T(0);
+        }
     }
 
     HVPFAST_INLINE T element(const Rows& x, int64_t offset) {
@@ -145,7 +174,7 @@ struct Body {
                 if (x.col_stride == 1 && n > 0) {
                     for (int r = 0; r < group; ++r) P::store(at + r * W, loaded(x, offset[r] + s * W, n));
                 } else if (run && group == kGroup && x.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64) &&
-                           P::transpose(static_cast<const T*>(x.data) + offset[0] + s * W * x.col_stride, x.col_stride, n, at)) {
+                           W == kGroup && P::turn(static_cast<const T*>(x.data) + offset[0] + s * W * x.col_stride, x.col_stride, n, at, W)) {
                 } else {
                     for (int r = 0; r < group; ++r)
                         for (int j = 0; j < W; ++j)
@@ -192,7 +221,7 @@ struct Body {
     static void nothing() {}
 
     static Engine<T> engine(Tier tier) {
-        return {kPanel, 1, true, tier, panel_bytes, pack, block, row_squares, nothing, nothing};
+        return {kPanel, 1, true, tier, panel_bytes, pack, block, walk, turn, row_squares, nothing, nothing};
     }
 };
 

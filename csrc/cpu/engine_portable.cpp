@@ -57,7 +57,7 @@ struct Plain {
         for (int j = 0; j < n; ++j) v.lane[j] = T(f16_to_float(p[j]));
         return v;
     }
-    HVPFAST_INLINE bool transpose(const T*, int64_t, int, T*) { return false; }
+    HVPFAST_INLINE bool turn(const T*, int64_t, int, T*, int64_t) { return false; }
 };
 
 }  // namespace

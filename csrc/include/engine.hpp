@@ -40,6 +40,12 @@ constexpr bool bf16_holds(uint32_t left, uint32_t right) {
              left + right > float_bits_of_power(-85) + float_bits_of_power(0)));
 }
 
+// A sum over several runs of packed rows: `runs` times k rows, the runs `left_step` / `right_step` packed rows apart,
+// in panels that were packed `packed` rows deep. Steps and k are multiples of the engine's k_align.
+struct Walk {
+    int64_t k, runs, left_step, right_step, packed;
+};
+
 template <class T>
 struct Engine {
     int64_t panel;    // features a panel, and the row length of c
@@ -54,6 +60,11 @@ struct Engine {
     // needed. `next` is the c of the next call, or null: it is prefetched.
     double (*block)(Mode mode, const void* a, const void* b, int64_t ni, int64_t nj, int64_t k, bool upper, T* c,
                     const T* next);
+    // c += a'b over a walk that starts at packed rows `left_row` and `right_row`.
+    void (*walk)(const void* a, const void* b, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over, T* c);
+    // `lanes` (at most panel) arrays of `count` values, `apart` from each other, become rows: to[r * pitch + lane].
+    // Lanes up to the next multiple of a strip are written as zero.
+    void (*turn)(const T* from, int64_t apart, int64_t lanes, int64_t count, T* to, int64_t pitch);
     double (*row_squares)(const Rows& x, int64_t row);  // sum of squares of one row
     void (*begin)();  // once a thread, before its first block, and
     void (*end)();    // after its last

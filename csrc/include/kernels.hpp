@@ -22,4 +22,17 @@ void sample_norms_squared(const Batch& a, const Batch& g, void* out, Precision p
 // out (O, I) = sum_m (g_m' a_{m % N}) o (g_m' a_{m % N}) for a (N, T, I), g (M, T, O).
 void second_moment(const Batch& a, const Batch& g, const Out& out, Precision precision, int threads);
 
+// A convolution's input (batch, channels, three spatial axes; unused axes have size and kernel 1) and geometry.
+struct Convolution {
+    const void* data;
+    Dtype dtype;
+    int64_t batch, channels, batch_stride, channel_stride;
+    int64_t size[3], space_stride[3], kernel[3], stride[3], dilation[3], before[3], positions[3];
+    int64_t offsets() const { return kernel[0] * kernel[1] * kernel[2]; }
+    int64_t pixels() const { return size[0] * size[1] * size[2]; }
+};
+
+// out = beta out + alpha P'P for the patches P (batch * positions, channels * offsets) of x, which are never formed.
+void conv_gram(const Convolution& x, double alpha, double beta, const Out& out, Precision precision, int threads);
+
 }  // namespace hvpfast

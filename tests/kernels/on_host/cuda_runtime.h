@@ -1,0 +1,63 @@
+// As much of CUDA as csrc/cuda needs, on the host: a block is that many threads with a barrier, and blocks run one after
+// another, so that __shared__ can be static. Says whether a kernel's places, ranges and barriers are right; nothing of speed.
+#pragma once
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __shared__ static
+#define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
+using std::min;
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
+struct float4 {
+    float x, y, z, w;
+};
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+struct dim3 {
+    unsigned x, y, z;
+    dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+inline thread_local dim3 threadIdx, blockIdx;
+inline dim3 gridDim, blockDim;
+inline std::barrier<>* barrier_of_block;
+inline void __syncthreads() { barrier_of_block->arrive_and_wait(); }
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0 };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return ""; }
+inline const char* cudaGetErrorName(cudaError_t) { return ""; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+
+// What `kernel<<<grid, block, 0, stream>>>(...)` is rewritten to.
+template <typename Kernel>
+void launch(dim3 grid, dim3 block, Kernel kernel) {
+    gridDim = grid, blockDim = block;
+    const unsigned count = block.x * block.y;
+    for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) {
+            std::barrier<> barrier(count);
+            barrier_of_block = &barrier;
+            std::vector<std::thread> threads;
+            for (unsigned t = 0; t < count; ++t) {
+                threads.emplace_back([&barrier, &kernel, block, x, y, t] {
+                    blockIdx = dim3(x, y), threadIdx = dim3(t % block.x, t / block.x);
+                    kernel();
+                    barrier.arrive_and_drop();
+                });
+            }
+            for (auto& thread : threads) thread.join();
+        }
+    }
+}
