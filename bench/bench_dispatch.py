@@ -36,7 +36,7 @@ def pairs():
                 yield name, backend
 
 
-@pytest.mark.parametrize(("name", "backend"), pairs())
+@pytest.mark.parametrize(("name", "backend"), list(pairs()))
 def bench_overhead(benchmark, quick, name, backend):
     op = hollow(dispatch.OPS[name], backend)
     args, kwargs = make_inputs(name, n=2, t=1, i=2, o=2)

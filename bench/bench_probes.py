@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import scipy.sparse.linalg
-import torch
 
 import hvpfast as hf
 from bench import models, peers
@@ -131,7 +130,7 @@ def density_curvlinops(work: Workload, steps: int) -> Call:
     cached = peers.load("curvlinops").LanczosApproximateSpectrumCached
 
     def call() -> Numbers:
-        operator = peers.curvlinops_operator("HessianLinearOperator", *work).to_scipy()
+        operator = peers.curvlinops_operator("HessianLinearOperator", *work)
         found = cached(operator, steps, (-1.0, 100.0))
         found.approximate_spectrum(num_repeats=1, num_points=64)
         return []

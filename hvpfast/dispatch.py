@@ -254,7 +254,11 @@ class Op:
                 stem = f"{name}_{self.name}"
         except ImportError as error:
             return f"its kernel module could not be imported: {error}"
-        run = getattr(module, stem)
+        run = getattr(module, stem, None)
+        if run is None:
+            return (
+                f"{module.__name__} has no function {stem}; reinstall hvpfast, so that all its parts are of one version"
+            )
         return _Implementation(
             run, getattr(module, f"{prefix}supports", None), getattr(module, f"{prefix}worthwhile", None)
         )

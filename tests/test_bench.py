@@ -1,0 +1,70 @@
+"""The benchmarks run, in miniature, and their report says what was compared with what."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*command: object) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "quick.json"
+    done = run("-m", "pytest", "bench", "-q", "--bench-quick", "-p", "no:cacheprovider", f"--benchmark-json={path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return path
+
+
+def test_plain_pytest_leaves_the_benches_out():
+    done = run("-m", "pytest", "--collect-only", "-q", "tests/test_space.py", "-p", "no:cacheprovider")
+    assert done.returncode == 0 and "bench_" not in done.stdout
+
+
+def test_every_entry_says_what_it_is(results):
+    entries = json.loads(results.read_text())["benchmarks"]
+    suites = {entry["extra_info"]["suite"] for entry in entries}
+    assert suites == {"ops", "operators", "probes", "dispatch"}
+    for entry in entries:
+        info = entry["extra_info"]
+        assert entry["group"] and entry["stats"]["rounds"] >= 2
+        if info["suite"] != "dispatch":
+            assert entry["stats"]["median"] > 0
+            assert info["versions"]["torch"] and info["device"] and info["device_name"]
+            assert info["ratio"] > 0 and info["against"]
+        if info["suite"] == "ops":
+            assert info["flops"] >= 0 and info["bytes"] > 0 and info["roofline_percent"] > 0
+    against_itself = [e for e in entries if e["extra_info"].get("against") == e["extra_info"]["contestant"]]
+    assert against_itself and all(e["extra_info"]["ratio"] == 1 for e in against_itself)
+    assert "node" not in json.loads(results.read_text())["machine_info"]
+
+
+def test_the_report(results):
+    shown = run("-m", "bench.report", results)
+    assert shown.returncode == 0, shown.stderr
+    assert "these figures mean nothing" in shown.stdout
+    lines = shown.stdout.splitlines()
+    assert "### operators on cpu" in lines and any(line.startswith("| op and shape | backend |") for line in lines)
+    rows = [line for line in lines if line.startswith("| ")]
+    assert all(line.count(" | ") in (2, 5, 6, 8) for line in rows)
+    everyone = run("-m", "bench.report", results, "--all", "--suite", "operators").stdout
+    assert "autograd retained" in everyone and "### ops" not in everyone
+
+
+def test_the_report_refuses_other_files(tmp_path):
+    other = tmp_path / "other.json"
+    for text, message in (("{", "Expecting"), ('{"benchmarks": []}', "holds no entry of these suites")):
+        other.write_text(text)
+        refused = run("-m", "bench.report", other)
+        assert refused.returncode == 2 and message in refused.stderr
+    assert run("-m", "bench.report", tmp_path / "none.json").returncode == 2
