@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from hvpfast.capture.data import tensors_in
 from hvpfast.capture.errors import StateError
@@ -52,12 +53,14 @@ class record:
         if error[0] is not None:
             self._grads.clear()
 
-    def _watch(self, number: int, output: Tensor) -> None:
-        def keep(grad: Tensor) -> None:
-            before = self._grads.get(number)
-            self._grads[number] = grad.detach() if before is None else before + grad.detach()
+    def _watch(self, number: int, place: Tensor | Node) -> None:
+        def keep(grad: Tensor | tuple[Tensor | None, ...]) -> None:
+            grad = grad[0] if isinstance(grad, tuple) else grad
+            if grad is not None:
+                before = self._grads.get(number)
+                self._grads[number] = grad.detach() if before is None else before + grad.detach()
 
-        output.register_hook(keep)
+        place.register_hook(keep) if isinstance(place, Tensor) else place.register_prehook(keep)
 
     def _ran(self, model: nn.Module, args: object, output: object) -> None:
         found = [x for x in tensors_in(getattr(output, "logits", output)) if x.requires_grad]

@@ -12,14 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from hvpfast.capture.attention import projections
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
 from hvpfast.capture.sites import Site, site_of
 
 # Layers whose first axis is the batch by definition.
 _BATCH_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+
+
+Watch = Callable[[int, "Tensor | Node"], None]
 
 
 @dataclass
@@ -35,6 +39,7 @@ class Call:
     normal: Normal
     doubtful: bool  # two axes have one extent, either may be the batch's
     patches: bool  # a convolution wider than one pixel
+    samples: int  # extent of the batch's axis
 
     def check(self) -> None:
         if self.x._version != self.version:
@@ -47,13 +52,23 @@ class Call:
 class Tape:
     """The calls of one forward pass, in order. Filled within `recording`."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None, watch: Watch | None = None) -> None:
         self.calls: list[Call] = []
+        self._model, self._watch = model, watch
 
     def covered(self, output: Tensor, params: Sequence[Tensor]) -> list[bool]:
-        """For each parameter, whether all its uses behind `output` are calls on this tape, with the batch first."""
-        uses = graph_uses(output, params)
+        """For each parameter, whether all its uses behind `output` are calls on this tape, with the batch first.
+
+        Completes the tape with the projections of attention layers; ask once, before a backward pass frees the graph.
+        """
+        leaves = {get_gradient_edge(p).node: p for p in params}
+        nodes, uses = graph_uses(output, leaves)
         n = output.shape[0]
+        for one in projections(self._model.named_modules(), nodes, leaves, n) if self._model is not None else ():
+            call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, False, False, n)
+            self.calls.append(call)
+            if self._watch is not None:
+                self._watch(len(self.calls) - 1, one.node)
         doubtful: set[int] = set()
         counts, kinds = {id(p): 0 for p in params}, {}
         for call in self.calls:
@@ -63,9 +78,9 @@ class Tape:
                     counts[id(p)] = counts.get(id(p), 0) + 1
                     if kinds.setdefault(id(p), kind) != kind:
                         doubtful.add(id(p))  # tied across different kinds of layers: no one rule has all of it
-            if call.x.shape[0] != n or (call.doubtful and n > 1 and not self._batch_first(call, output)):
+            if call.samples != n or (call.doubtful and n > 1 and not self._batch_first(call, output)):
                 doubtful.update(mine)
-        return [uses[i] > 0 and counts[id(p)] == uses[i] and id(p) not in doubtful for i, p in enumerate(params)]
+        return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]
 
     def cheap(self) -> bool:
         """Whether the captured `a` and `g` are no larger than the activations: not so for patches of a convolution."""
@@ -92,14 +107,12 @@ class Tape:
 
 
 @contextlib.contextmanager
-def recording(
-    model: nn.Module, params: Sequence[Tensor], watch: Callable[[int, Tensor], None] | None = None
-) -> Iterator[Tape]:
+def recording(model: nn.Module, params: Sequence[Tensor], watch: Watch | None = None) -> Iterator[Tape]:
     """Within the block, calls of layers with a rule that own any of `params` go onto the tape.
 
-    `watch` is told each call's number and the layer's own output.
+    `watch` is told each call's number and the layer's own output, or its node in the graph.
     """
-    tape, wanted, handles = Tape(), {id(p) for p in params}, []
+    tape, wanted, handles = Tape(model, watch), {id(p) for p in params}, []
 
     def hook(name: str):
         def record(module: nn.Module, args: tuple, output: Tensor) -> None:
@@ -120,7 +133,7 @@ def recording(
             doubtful = square and not isinstance(module, _BATCH_FIRST)
             wide = isinstance(module, nn.modules.conv._ConvNd) and any(size > 1 for size in module.kernel_size)
             edge = get_gradient_edge(output)
-            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, wide))
+            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, wide, x.shape[0]))
             if watch is not None:
                 watch(len(tape.calls) - 1, output)
 
@@ -139,19 +152,16 @@ def recording(
             handle.remove()
 
 
-def graph_uses(output: Tensor, params: Sequence[Tensor]) -> list[int]:
-    """How many edges of the graph behind `output` end in each parameter."""
-    leaves = {get_gradient_edge(p).node: i for i, p in enumerate(params)}
-    uses, stack = [0] * len(params), [output.grad_fn]
-    seen = set(stack)
+def graph_uses(output: Tensor, leaves: dict[Node, Tensor]) -> tuple[list[Node], dict[int, int]]:
+    """The graph's nodes behind `output`, and how many of their edges end in each leaf (by the id of its tensor)."""
+    uses, stack = {id(p): 0 for p in leaves.values()}, [output.grad_fn]
+    seen = {output.grad_fn: None}
     while stack:
         node = stack.pop()
-        if node is None:
-            continue
-        for following, _ in node.next_functions:
+        for following, _ in node.next_functions if node is not None else ():
             if following in leaves:
-                uses[leaves[following]] += 1
+                uses[id(leaves[following])] += 1
             elif following is not None and following not in seen:
-                seen.add(following)
+                seen[following] = None
                 stack.append(following)
-    return uses
+    return [node for node in seen if node is not None], uses

@@ -276,3 +276,53 @@ def test_tokens_with_time_first(positions):
     truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
     grads = hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y))
     assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+
+
+class Translator(nn.Module):
+    """Self-attention in an encoder, self- and cross-attention in a decoder, batch first and second."""
+
+    def __init__(self, batch_first, bias):
+        super().__init__()
+        options = {"dropout": 0.0, "batch_first": batch_first, "bias": bias}
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 5, **options)
+        self.decoder = nn.TransformerDecoderLayer(4, 2, 5, norm_first=True, **options)
+        self.head, self.batch_first = nn.Linear(4, 3), batch_first
+
+    def forward(self, x):
+        x = x if self.batch_first else x.transpose(0, 1)
+        y = self.decoder(x.flip(0 if not self.batch_first else 1)[..., :], self.encoder(x))
+        return self.head(y.mean(1 if self.batch_first else 0))
+
+
+@pytest.mark.parametrize("positions", [6, 4])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.filterwarnings("ignore:.*no layer rule covers")
+def test_attention(batch_first, bias, positions):
+    """Input and output projections of self-attention are captured; those of cross-attention are autograd's."""
+    torch.manual_seed(0)
+    model, y = Translator(batch_first, bias).double(), torch.arange(6) % 3
+    x = torch.randn(6, positions, 4, dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
+    grads = hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y))
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+    fisher = hf.EmpiricalFisher(model, nn.CrossEntropyLoss(), (x, y))
+    v = torch.randn(fisher.shape[0], 2, dtype=torch.float64)
+    assert relative(fisher @ v, truth.T @ (truth @ v) / 6) < 1e-12
+
+
+def test_attention_on_a_tape():
+    """A transformer's own backward pass: every parameter of encoder layers is covered."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 5, dropout=0.0, batch_first=True)
+    model = nn.Sequential(
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
+    x, y = torch.randn(6, 4, 4, dtype=torch.float64), torch.arange(6) % 3
+    truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
+    with hf.record(model) as tape:
+        nn.CrossEntropyLoss()(model(x), y).backward()
+    grads = hf.per_sample_grads(tape, reduction="mean")
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+    assert relative(hf.per_sample_grad_norms(tape, reduction="mean"), truth.norm(dim=1)) < 1e-12
