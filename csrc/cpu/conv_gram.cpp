@@ -16,7 +16,9 @@
 namespace hvpfast {
 namespace {
 
-constexpr int64_t kRun = 512;  // packed rows that one walk sums at least, where the image has as many
+// Packed rows that one walk sums, where the image has as many: sums begin at zero, and short ones cost more additions.
+template <class T>
+int64_t run_length(const Engine<T>& engine) { return engine.one_form ? 512 : 1024; }
 
 // One class of offset pairs on all axes, of which only one of (u, v) and (v, u) is computed.
 struct Correlation {
@@ -154,8 +156,8 @@ void correlate(const Engine<T>& engine, const Plan& plan, const Images& images, 
     const int64_t panels = ceil_div(channels, engine.panel), square = engine.panel * engine.panel;
     const int64_t bytes = engine.panel_bytes(pixels * chunk);
     const int64_t longest[3] = {plan.axes[0].longest(), plan.axes[1].longest(), plan.axes[2].longest()};
-    const int64_t x_step = least(longest[2], most(1, 2 * kRun / chunk));
-    const int64_t y_step = most(1, kRun / (x_step * chunk));
+    const int64_t x_step = least(longest[2], most(1, 2 * run_length(engine) / chunk));
+    const int64_t y_step = most(1, run_length(engine) / (x_step * chunk));
     for (int64_t z = 0; z < longest[0]; ++z)
         for (int64_t yb = 0; yb < longest[1]; yb += y_step)
             for (int64_t xb = 0; xb < longest[2]; xb += x_step)
@@ -189,12 +191,12 @@ void correlate(const Engine<T>& engine, const Plan& plan, const Images& images, 
 }
 
 // Assembles the patch Gram matrix from the sums, a square of `cell` x `cell` channels (all their offsets) at a time.
-template <class T>
+template <class T, int64_t cell>
 struct Assembly {
     const Plan& plan;
     const Convolution& x;
     const T* sums;
-    int64_t panel, panels, cell;
+    int64_t panel, panels;
     int64_t cells() const { return ceil_div(x.channels, cell); }
     int64_t width() const { return cell * x.offsets(); }
 
@@ -254,13 +256,52 @@ struct Assembly {
 
     void write(int64_t i, int64_t j, const T* buffer, T alpha, T beta, const Out& out) const {
         const int64_t rows = least(width(), out.rows - i * x.offsets()), cols = least(width(), out.cols - j * x.offsets());
+        T* const base = static_cast<T*>(out.data);
         for (int64_t r = 0; r < rows; ++r) {
             const T* from = buffer + r * width();
-            T* to = static_cast<T*>(out.data) + (i * x.offsets() + r) * out.row_stride + j * x.offsets() * out.col_stride;
-            for (int64_t c = 0; c < cols; ++c, to += out.col_stride) *to = beta == 0 ? alpha * from[c] : beta * *to + alpha * from[c];
+            T* to = base + (i * x.offsets() + r) * out.row_stride + j * x.offsets() * out.col_stride;
+            if (beta == 0 && out.col_stride == 1)
+                for (int64_t c = 0; c < cols; ++c) to[c] = alpha * from[c];
+            else
+                for (int64_t c = 0; c < cols; ++c, to += out.col_stride) *to = beta == 0 ? alpha * from[c] : beta * *to + alpha * from[c];
         }
+        if (i == j) return;
+        for (int64_t c0 = 0; c0 < cols; c0 += 16)  // the mirror image, 16 of its rows at a time
+            for (int64_t r = 0; r < rows; ++r) {
+                const T* from = buffer + r * width();
+                T* to = base + (j * x.offsets() + c0) * out.row_stride + (i * x.offsets() + r) * out.col_stride;
+                for (int64_t c = c0; c < least(cols, c0 + 16); ++c, to += out.row_stride)
+                    *to = beta == 0 ? alpha * from[c] : beta * *to + alpha * from[c];
+            }
+    }
+
+    // Squares `index`, `index` + `count`, ... of those on and above the diagonal.
+    void run(int index, int count, T* buffer, T alpha, T beta, const Out& out) const {
+        int64_t one = 0;
+        for (int64_t j = 0; j < cells(); ++j)
+            for (int64_t i = 0; i <= j; ++i, ++one) {
+                if (one % count != index) continue;
+                region(i * cell, j * cell, buffer, buffer + width() * width());
+                write(i * cell, j * cell, buffer, alpha, beta, out);
+            }
     }
 };
+
+// Channels of an assembled square: they divide the panel, and the square stays in L2.
+int64_t cell_channels(int64_t panel, int64_t offsets) {
+    int64_t cell = 16;
+    while (panel % cell != 0 || (cell > 1 && cell * offsets > 256)) cell /= 2;
+    return cell;
+}
+
+template <class T, int64_t cell>
+void assemble(const Plan& plan, const Convolution& x, const T* sums, int64_t panel, int index, int count, T* buffer, T alpha, T beta,
+              const Out& out) {
+    if constexpr (cell > 1)
+        if (cell_channels(panel, x.offsets()) < cell)
+            return assemble<T, cell / 2>(plan, x, sums, panel, index, count, buffer, alpha, beta, out);
+    Assembly<T, cell>{plan, x, sums, panel, ceil_div(x.channels, panel)}.run(index, count, buffer, alpha, beta, out);
+}
 
 // False if a reduced-precision engine met values outside its range: out is untouched then.
 template <class T>
@@ -282,22 +323,19 @@ bool conv_with(const Engine<T>& engine, const Engine<T>& vector, const Convoluti
     for (int d = 2, step = 1; d >= 0; step *= int(x.size[d]), --d) flat = flat && (x.size[d] == 1 || x.space_stride[d] == step);
     const Packer<T> packer{engine, vector, x, images, chunk, flat};
 
-    int64_t cell = 16;
-    while (engine.panel % cell != 0 || (cell > 1 && cell * x.offsets() > 256)) cell /= 2;
-    Assembly<T> assembly{plan, x, nullptr, engine.panel, panels, cell};
+    const int64_t cell = cell_channels(engine.panel, x.offsets()), wide = cell * x.offsets();
 
     const int64_t form = panels * engine.panel_bytes(pixels * chunk), size = int64_t(sizeof(T));
     Carver each;
     const int64_t left_at = each.take(form), right_at = each.take(engine.one_form ? 0 : form);
     const int64_t flat_at = each.take(flat ? 0 : packer.flat_elements() * (engine.one_form ? 1 : chunk) * size);
     const int64_t stage_at = each.take(packer.stage_elements() * size);
-    const int64_t region_at = each.take((assembly.width() * assembly.width() + cell * cell) * size);
+    const int64_t region_at = each.take((wide * wide + cell * cell) * size);
     Carver all;
     const int64_t sums_at = all.take(sums_size * threads * size), seen_at = all.take(threads * 4), each_at = all.take(each.used * threads);
     char* const base = workspace(all.used);
     T* const sums = reinterpret_cast<T*>(base + sums_at);
     uint32_t* const seen = reinterpret_cast<uint32_t*>(base + seen_at);
-    assembly.sums = sums;
 
     bool fits = true;
     parallel(threads, [&](int index, int count) {
@@ -333,12 +371,7 @@ bool conv_with(const Engine<T>& engine, const Engine<T>& vector, const Convoluti
             for (int64_t e = sums_size * index / count; e < sums_size * (index + 1) / count; ++e) sums[e] += other[e];
         }
         barrier(count);
-        const int64_t cells = assembly.cells();
-        for (int64_t one = cells * cells * index / count; one < cells * cells * (index + 1) / count; ++one) {
-            const int64_t i = one / cells * cell, j = one % cells * cell;
-            assembly.region(i, j, region, region + assembly.width() * assembly.width());
-            assembly.write(i, j, region, T(alpha), T(beta), out);
-        }
+        assemble<T, 16>(plan, x, sums, engine.panel, index, count, region, T(alpha), T(beta), out);
     });
     return fits;
 }
