@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hvpfast import dispatch, ops
@@ -45,6 +46,8 @@ SIZES = (
 )
 # Sizes at which kernels block, split or go parallel; in one layout only.
 LARGE = (Size(300, 1, 130, 7, 1), Size(2, 129, 33, 70, 2), Size(1, 700, 48, 16, 1), Size(9, 40, 257, 31, 1))
+PATCHED = ("conv_gram",)  # nine times the features: left out where I is larger than this
+MOST_PATCHED = 70
 # Triton's interpreter takes up to a second a call: every size and variant in one layout and float32, a few in the others.
 INTERPRETED_SIZES = (Size(3, 17, 65, 63, 1), Size(17, 1, 63, 65, 3), Size(0, 4, 5, 3, 3), Size(2, 3, 17, 1, 3))
 
@@ -57,7 +60,18 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         {"alpha": -2.0, "beta": 1.0, "ones_column": True},
         {"alpha": 0.5},
     ),
+    "conv_gram": (
+        {},
+        {"ones_column": True, "alpha": 0.25, "beta": 0.5},
+        {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
+        {"padding": "same", "kfac_approx": "reduce", "ones_column": True},
+    ),
 }
+
+
+def fitting(name: str, sizes: tuple[Size, ...]) -> list[Size]:
+    """Those of the sizes that a test of an op has time for."""
+    return [size for size in sizes if name not in PATCHED or size.i <= MOST_PATCHED]
 
 
 def implementations() -> list[tuple[str, str]]:
@@ -87,8 +101,7 @@ def _own_gradients(a: Tensor, g: Tensor) -> list[Tensor]:
     """(O, I) for each row of g: the gradient of <g_m, a_m W'> in W, by autograd."""
     weight = torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype, requires_grad=True)
     return [
-        torch.autograd.grad((torch.nn.functional.linear(a[m % a.shape[0]], weight) * g[m]).sum(), weight)[0]
-        for m in range(g.shape[0])
+        torch.autograd.grad((F.linear(a[m % a.shape[0]], weight) * g[m]).sum(), weight)[0] for m in range(g.shape[0])
     ]
 
 
@@ -103,6 +116,30 @@ def _gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
         feature = torch.cat([row, row.new_ones(1)]) if ones_column else row
         total = total + alpha * torch.outer(feature, feature)
     return total
+
+
+def _conv_gram(
+    x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
+    out=None, alpha=1.0, beta=0.0,
+):  # fmt: skip
+    """A patch is the gradient of one output element in the weight."""
+    c, axes = x.shape[1] // groups, x.dim() - 2
+    kernel = (kernel_size,) * axes if isinstance(kernel_size, int) else tuple(kernel_size)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+    weight = torch.zeros(groups, c, *kernel, dtype=x.dtype, requires_grad=True)
+    width = c * math.prod(kernel) + ones_column
+    total = torch.zeros(groups, width, width, dtype=x.dtype)
+    for n in range(len(x) if c else 0):
+        outputs = conv(x[n : n + 1], weight, None, stride, padding, dilation, groups)[0].flatten(1)
+        grads = [torch.autograd.grad(o.sum(), weight, retain_graph=True)[0].flatten(1) for o in outputs.T]
+        rows = torch.stack(grads) if kfac_approx == "expand" else torch.stack(grads).mean(0, keepdim=True)
+        if ones_column:
+            rows = torch.cat([rows, rows.new_ones(*rows.shape[:2], 1)], 2)
+        total = total + torch.einsum("tgi,tgj->gij", rows, rows)
+    if ones_column and not c:
+        total += len(x) * (1 if kfac_approx == "reduce" else math.prod(x.shape[2:]))
+    total = alpha * (total if groups > 1 else total[0])
+    return total if beta == 0 else total + beta * out
 
 
 def _sample_grads(a, g, *, out=None):
@@ -138,7 +175,7 @@ def _softmax_hvp(logits, v, *, weight=None):
         row = tuple(index[v.dim() - logits.dim() :])
         target = torch.tensor(sum(index) % classes)  # the Hessian is the same for every label
         _, one = torch.autograd.functional.vhp(
-            lambda f, label=target: torch.nn.functional.cross_entropy(f, label), logits[row], v[tuple(index)]
+            lambda f, label=target: F.cross_entropy(f, label), logits[row], v[tuple(index)]
         )
         product[tuple(index)] = one if weight is None else weight[row] * one
     return product
@@ -146,6 +183,7 @@ def _softmax_hvp(logits, v, *, weight=None):
 
 TRUTHS = {
     "gram": _gram,
+    "conv_gram": _conv_gram,
     "sample_grads": _sample_grads,
     "sample_norms_squared": _sample_norms_squared,
     "sample_dots": _sample_dots,

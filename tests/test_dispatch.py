@@ -328,14 +328,16 @@ def differentiable(name: str, **sizes) -> tuple[tuple, dict]:
 @pytest.mark.parametrize("sizes", ({}, {"t": 1}, {"k": 2}, {"t": 7}), ids=str)
 def test_gradients_flow(name, sizes):
     args, kwargs = differentiable(name, **sizes)
-    names, op = list(kwargs), OPS[name]
-    leaves = [x.clone().requires_grad_() for x in (*args, *kwargs.values())]
+    op = OPS[name]
+    leaves = [x.clone().requires_grad_() for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
 
     def call(*xs):
-        return op(*xs[: len(args)], **dict(zip(names, xs[len(args) :], strict=True)))
+        rest = iter(xs)
+        filled = [next(rest) if isinstance(x, Tensor) else x for x in args]
+        return op(*filled, **{key: next(rest) if isinstance(x, Tensor) else x for key, x in kwargs.items()})
 
     for backend in op.backends:
-        reason = op.why_not(backend) or op.why_not(backend, *leaves[: len(args)])
+        reason = op.why_not(backend) or op.why_not(backend, leaves[0], *args[1:], **kwargs)
         assert reason is not None
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
@@ -374,15 +376,18 @@ def test_tracing(name):
     args, kwargs = differentiable(name)
     op = OPS[name]
 
-    def call(*xs):
-        return op(*xs, **kwargs)
+    count = sum(isinstance(x, Tensor) for x in args)
+    args, fixed = args[:count], args[count:]
 
-    expected = op.reference(*args, **kwargs)
+    def call(*xs):
+        return op(*xs, *fixed, **kwargs)
+
+    expected = op.reference(*args, *fixed, **kwargs)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(call, backend="eager", fullgraph=True)(*args), expected)
     others = tuple(x + 1 for x in args)
     for graph in (make_fx(call)(*args), torch.jit.trace(call, args, check_trace=False)):
-        torch.testing.assert_close(graph(*others), op.reference(*others, **kwargs))  # nothing was baked in
+        torch.testing.assert_close(graph(*others), op.reference(*others, *fixed, **kwargs))  # nothing was baked in
     with FlopCounterMode(display=False) as counter:
         call(*args)
     assert name == "softmax_hvp" or counter.get_total_flops() > 0 or args[0].shape[1] == 1

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, INTERPRETED_SIZES, LARGE, SIZES, TRUTHS, VARIANTS, Size, implementations, varied
+from cases import DTYPES, INTERPRETED_SIZES, LARGE, SIZES, TRUTHS, VARIANTS, Size, fitting, implementations, varied
 
 from hvpfast import dispatch, ops
 from hvpfast.testing import LAYOUTS, STATED_BOUND, assert_accurate, error, laid_out, make_inputs
@@ -39,7 +39,7 @@ def holds_all(
     name: str, backend: str, sizes: tuple[Size, ...], dtype: torch.dtype, layout: str, precision: str = "ieee"
 ) -> None:
     """`holds` for each size; skips, saying why, if the backend takes none of them."""
-    ran = sum(holds(name, backend, size, dtype, layout, precision) for size in sizes)
+    ran = sum(holds(name, backend, size, dtype, layout, precision) for size in fitting(name, sizes))
     if ran == 0:
         args, kwargs = make_inputs(name, dtype=dtype, device=device_of(backend))
         pytest.skip(f"{backend}: {dispatch.OPS[name].why_not(backend, *args, **kwargs)}")
@@ -143,7 +143,7 @@ def test_results_are_wide_and_fresh(name):
         kwargs.pop("out", None)
         result = dispatch.OPS[name](*args, **kwargs)
         assert result.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
-        assert all(result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in args)
+        assert all(result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in tensors(args, {}))
 
 
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
@@ -203,6 +203,8 @@ def test_non_finite_input_shows(name, backend, value):
     for t in (1, 3):
         args, kwargs = make_inputs(name, n=3, t=t, i=19, o=4, device=device_of(backend))
         args[0][1, 0, 2] = value
+        if "padding" in kwargs:
+            kwargs["padding"] = 0  # a kernel may leave products with the padding's zeros out; the reference has 0 * NaN
         if (reason := dispatch.OPS[name].why_not(backend, *args, **kwargs)) is not None:
             pytest.skip(f"{backend}: {reason}")
         exact = dispatch.OPS[name].reference(*args, **kwargs).clone()
@@ -216,6 +218,7 @@ def test_non_finite_input_shows(name, backend, value):
 A, G = torch.zeros(4, 2, 5), torch.zeros(8, 2, 3)
 PAIRED = ("sample_grads", "sample_norms_squared", "sample_dots", "weighted_grad", "second_moment")
 THIRD = {"sample_dots": (torch.zeros(3, 5),), "weighted_grad": (torch.zeros(8),)}
+IMAGE = torch.zeros(2, 4, 6, 6)
 BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("gram", ([[1.0]],), {}, TypeError, "x is a list; it must be a torch.Tensor"),
     ("gram", (torch.zeros(2, 3, dtype=torch.int64),), {}, TypeError, "x is torch.int64; .* convert it first"),
@@ -229,6 +232,12 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("gram", (A.to("meta"),), {"out": torch.zeros(5, 5)}, ValueError, "out is on cpu but the inputs are on meta"),
     ("gram", (A,), {"out": torch.zeros(1, 5).expand(5, 5)}, ValueError, "out is an expanded view"),
     ("gram", (A,), {"out": [0.0]}, TypeError, "out is a list; it must be a torch.Tensor"),
+    ("conv_gram", (torch.zeros(4, 6), 3), {}, ValueError, r"x has shape \(4, 6\); it must be \(N, C, \*spatial\)"),
+    ("conv_gram", (IMAGE.int(), 3), {}, TypeError, "x is torch.int32; it must be a real floating dtype"),
+    ("conv_gram", (IMAGE, 3), {"groups": 3}, ValueError, "x has 4 channels and groups is 3; groups must divide"),
+    ("conv_gram", (IMAGE, 3), {"kfac_approx": "mean"}, ValueError, "kfac_approx is 'mean'; it must be 'expand' or"),
+    ("conv_gram", (IMAGE, 3), {"beta": 1.0}, ValueError, "beta is 1.0 but there is no out"),
+    ("conv_gram", (IMAGE, 3), {"out": torch.zeros(4, 4)}, ValueError, r"out has shape \(4, 4\); it must be \(36, 36\)"),
     ("sample_grads", (A, G), {"out": torch.zeros(4, 3, 5)}, ValueError, r"it must be \(8, 3, 5\)"),
     ("second_moment", (A, G), {"out": torch.zeros(5, 3)}, ValueError, r"it must be \(3, 5\)"),
     ("sample_dots", (A, G, torch.zeros(5, 3)), {}, ValueError, r"w has shape \(5, 3\); .*\(3, 5\)"),
