@@ -121,7 +121,7 @@ def _add_kernel(
         d = block * SIDE + lanes
         _blend(out_ptr + width * step_i + d * step_j, sums, d < width, alpha, beta, ADD)
         _blend(out_ptr + d * step_i + width * step_j, sums, d < width, alpha, beta, ADD)
-        _blend(out_ptr + width * (step_i + step_j), rows.to(tl.float32), block == 0, alpha, beta, ADD)
+        _blend(out_ptr + width * (step_i + step_j), tl.cast(rows, tl.float32), block == 0, alpha, beta, ADD)
 
 
 def choose_tile(x: Tensor, product: str) -> Tile:
@@ -224,6 +224,6 @@ def launch(
         enable_fp_fusion=True,
     )  # fmt: skip
     _add_kernel[(in_triangle * (tile.side // SQUARE) ** 2 + sums,)](
-        part, out, rows, width, blocks, splits, *out.stride(), alpha, beta,
+        part, out, rows, width, blocks, splits, *out.stride(), float(alpha), float(beta),
         ADD=beta != 0, SIDE=tile.side, SQUARE=SQUARE, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
