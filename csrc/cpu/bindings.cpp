@@ -60,6 +60,21 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         second_moment(inputs, grads, sums, Precision(precision), threads);
     });
+    m.def("sample_grads", [](uintptr_t a, py::tuple a_shape, py::tuple a_strides, uintptr_t g, py::tuple g_shape,
+                             py::tuple g_strides, int dtype, uintptr_t out, py::tuple out_strides, int precision, int threads) {
+        const Batch inputs = batch(a, dtype, a_shape, a_strides), grads = batch(g, dtype, g_shape, g_strides);
+        const Samples samples{reinterpret_cast<void*>(out), py::cast<int64_t>(out_strides[0]), py::cast<int64_t>(out_strides[1]),
+                              py::cast<int64_t>(out_strides[2])};
+        py::gil_scoped_release release;
+        sample_grads(inputs, grads, samples, Precision(precision), threads);
+    });
+    m.def("softmax_hvp", [](uintptr_t logits, uintptr_t v, uintptr_t weight, int64_t weight_stride, int dtype, int64_t rows,
+                            int64_t columns, int64_t classes, uintptr_t out, int threads) {
+        const SoftmaxRows x{reinterpret_cast<const void*>(logits), reinterpret_cast<const void*>(v), reinterpret_cast<const void*>(weight),
+                            Dtype(dtype), rows, columns, classes, weight_stride};
+        py::gil_scoped_release release;
+        softmax_hvp(x, reinterpret_cast<void*>(out), threads);
+    });
     m.def("conv_gram", [](uintptr_t x, int dtype, int64_t batch, int64_t channels, int64_t batch_stride, int64_t channel_stride,
                           py::tuple axes, double alpha, double beta, uintptr_t out, int64_t row_stride, int64_t col_stride,
                           int precision, int threads) {

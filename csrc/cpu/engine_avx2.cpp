@@ -1,5 +1,6 @@
 // The engine in AVX2 with FMA: 4 x 24 register tiles in float32 (12 of 16 registers), 4 x 12 in float64.
 #include "engine.hpp"
+#include "rowwise.hpp"
 #include "scalar.hpp"
 
 #if HVPFAST_X86
@@ -13,6 +14,7 @@
 
 namespace hvpfast {
 #include "engine_body.hpp"
+#include "rowwise_body.hpp"
 namespace {
 
 struct Float256 {
@@ -25,6 +27,17 @@ struct Float256 {
     HVPFAST_INLINE void store(T* p, V v) { _mm256_storeu_ps(p, v); }
     HVPFAST_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     HVPFAST_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+    HVPFAST_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+    HVPFAST_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    HVPFAST_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }  // b where one is NaN
+    HVPFAST_INLINE V whole(V v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    HVPFAST_INLINE V power(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
+    HVPFAST_INLINE V times_power(V v, V n) {  // in two steps: 2^n may be below the smallest normal number
+        const __m256i all = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(all, 1);
+        return mul(mul(v, power(half)), power(_mm256_sub_epi32(all, half)));
+    }
+    HVPFAST_INLINE void stream(T* p, V v) { _mm256_stream_ps(p, v); }
+    HVPFAST_INLINE void flush() { _mm_sfence(); }
     HVPFAST_INLINE double total(V v) {
         const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(v)), _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)));
         const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
@@ -60,6 +73,19 @@ struct Double256 {
     HVPFAST_INLINE void store(T* p, V v) { _mm256_storeu_pd(p, v); }
     HVPFAST_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
     HVPFAST_INLINE V add(V a, V b) { return _mm256_add_pd(a, b); }
+    HVPFAST_INLINE V sub(V a, V b) { return _mm256_sub_pd(a, b); }
+    HVPFAST_INLINE V mul(V a, V b) { return _mm256_mul_pd(a, b); }
+    HVPFAST_INLINE V max(V a, V b) { return _mm256_max_pd(a, b); }
+    HVPFAST_INLINE V whole(V v) { return _mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    HVPFAST_INLINE V power(__m128i n) {
+        return _mm256_castsi256_pd(_mm256_slli_epi64(_mm256_cvtepi32_epi64(_mm_add_epi32(n, _mm_set1_epi32(1023))), 52));
+    }
+    HVPFAST_INLINE V times_power(V v, V n) {
+        const __m128i all = _mm256_cvtpd_epi32(n), half = _mm_srai_epi32(all, 1);
+        return mul(mul(v, power(half)), power(_mm_sub_epi32(all, half)));
+    }
+    HVPFAST_INLINE void stream(T* p, V v) { _mm256_stream_pd(p, v); }
+    HVPFAST_INLINE void flush() { _mm_sfence(); }
     HVPFAST_INLINE double total(V v) {
         const __m128d half = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
         return _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)));
@@ -79,6 +105,8 @@ struct Double256 {
 
 Engine<float> engine_avx2_f32() { return Body<Float256>::engine(Tier::avx2); }
 Engine<double> engine_avx2_f64() { return Body<Double256>::engine(Tier::avx2); }
+Rowwise<float> rowwise_avx2_f32() { return RowBody<Float256>::kernels(); }
+Rowwise<double> rowwise_avx2_f64() { return RowBody<Double256>::kernels(); }
 
 }  // namespace hvpfast
 

@@ -1,5 +1,6 @@
 // The engine in AVX-512: 8 x 48 register tiles in float32 (24 of 32 registers), 8 x 24 in float64.
 #include "engine.hpp"
+#include "rowwise.hpp"
 #include "scalar.hpp"
 
 #if HVPFAST_X86
@@ -9,11 +10,13 @@
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own intrinsics: bug 105593
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
 namespace hvpfast {
 #include "engine_body.hpp"
+#include "rowwise_body.hpp"
 #include "transpose512.hpp"
 namespace {
 
@@ -27,6 +30,13 @@ struct Float512 {
     HVPFAST_INLINE void store(T* p, V v) { _mm512_storeu_ps(p, v); }
     HVPFAST_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
     HVPFAST_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+    HVPFAST_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+    HVPFAST_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    HVPFAST_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where one is NaN
+    HVPFAST_INLINE V whole(V v) { return _mm512_roundscale_ps(v, 8); }
+    HVPFAST_INLINE V times_power(V v, V n) { return _mm512_scalef_ps(v, n); }
+    HVPFAST_INLINE void stream(T* p, V v) { _mm512_stream_ps(p, v); }
+    HVPFAST_INLINE void flush() { _mm_sfence(); }
     HVPFAST_INLINE double total(V v) {
         const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
         const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
@@ -64,6 +74,13 @@ struct Double512 {
     HVPFAST_INLINE void store(T* p, V v) { _mm512_storeu_pd(p, v); }
     HVPFAST_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
     HVPFAST_INLINE V add(V a, V b) { return _mm512_add_pd(a, b); }
+    HVPFAST_INLINE V sub(V a, V b) { return _mm512_sub_pd(a, b); }
+    HVPFAST_INLINE V mul(V a, V b) { return _mm512_mul_pd(a, b); }
+    HVPFAST_INLINE V max(V a, V b) { return _mm512_max_pd(a, b); }
+    HVPFAST_INLINE V whole(V v) { return _mm512_roundscale_pd(v, 8); }
+    HVPFAST_INLINE V times_power(V v, V n) { return _mm512_scalef_pd(v, n); }
+    HVPFAST_INLINE void stream(T* p, V v) { _mm512_stream_pd(p, v); }
+    HVPFAST_INLINE void flush() { _mm_sfence(); }
     HVPFAST_INLINE double total(V v) { return _mm512_reduce_add_pd(v); }
     HVPFAST_INLINE float from_bf16(uint16_t bits) { return bf16_to_float(bits); }
     HVPFAST_INLINE float from_f16(uint16_t bits) { return f16_to_float(bits); }
@@ -77,6 +94,8 @@ struct Double512 {
 
 Engine<float> engine_avx512_f32() { return Body<Float512>::engine(Tier::avx512); }
 Engine<double> engine_avx512_f64() { return Body<Double512>::engine(Tier::avx512); }
+Rowwise<float> rowwise_avx512_f32() { return RowBody<Float512>::kernels(); }
+Rowwise<double> rowwise_avx512_f64() { return RowBody<Double512>::kernels(); }
 
 }  // namespace hvpfast
 

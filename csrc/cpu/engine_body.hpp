@@ -21,8 +21,9 @@ struct Body {
         int64_t count = 1, left = 0, right = 0;  // in elements
     };
 
+    // `pitch`: from one k to the next; `stride`: from one strip of b to the next.
     template <int NJ>
-    HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs) {
+    HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs, int64_t pitch = W) {
         V acc[R][NJ];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -32,10 +33,10 @@ struct Body {
             for (int64_t kk = 0; kk < k; ++kk) {
                 V right[NJ];
 #pragma GCC unroll 4
-                for (int j = 0; j < NJ; ++j) right[j] = P::load(b + j * stride + kk * W);
+                for (int j = 0; j < NJ; ++j) right[j] = P::load(b + j * stride + kk * pitch);
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
-                    const V left = P::broadcast(a + kk * W + r);
+                    const V left = P::broadcast(a + kk * pitch + r);
 #pragma GCC unroll 4
                     for (int j = 0; j < NJ; ++j) acc[r][j] = P::fma(left, right[j], acc[r][j]);
                 }
@@ -109,6 +110,21 @@ struct Body {
                 sum += tiles(int(ceil_div(wide, W)), mode, rows, cols, k, stride, at, Runs());
         }
         return sum;
+    }
+
+    template <int NJ>
+    static void direct_tile(Mode mode, const T* a, const T* b, int64_t k, int64_t pitch, T* c) {
+        tile<NJ>(mode, a, b, k, W, c, Runs(), pitch);
+    }
+
+    static void direct(Mode mode, const T* x, int64_t pitch, int64_t k, int64_t features, T* c) {
+        for (int64_t i = 0; i < features; i += R) {
+            const int64_t first = i / W * W, strips = ceil_div(features - first, W);
+            T* at = c + i * kPanel + first;
+            if (strips == 3) direct_tile<3>(mode, x + i, x + first, k, pitch, at);
+            else if (strips == 2) direct_tile<2>(mode, x + i, x + first, k, pitch, at);
+            else direct_tile<1>(mode, x + i, x + first, k, pitch, at);
+        }
     }
 
     static void walk(const void* left, const void* right, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over,
@@ -221,7 +237,7 @@ struct Body {
     static void nothing() {}
 
     static Engine<T> engine(Tier tier) {
-        return {kPanel, 1, true, tier, panel_bytes, pack, block, walk, turn, row_squares, nothing, nothing};
+        return {kPanel, 1, true, tier, panel_bytes, pack, block, direct, walk, turn, row_squares, nothing, nothing};
     }
 };
 

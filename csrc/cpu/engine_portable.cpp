@@ -1,9 +1,13 @@
 // The engine in plain C++, for CPUs and compilers without one of the tiers below.
+#include <cmath>
+
 #include "engine.hpp"
+#include "rowwise.hpp"
 #include "scalar.hpp"
 
 namespace hvpfast {
 #include "engine_body.hpp"
+#include "rowwise_body.hpp"
 namespace {
 
 template <class Number>
@@ -35,6 +39,28 @@ struct Plain {
         for (int j = 0; j < W; ++j) a.lane[j] += b.lane[j];
         return a;
     }
+    HVPFAST_INLINE V sub(V a, V b) {
+        for (int j = 0; j < W; ++j) a.lane[j] -= b.lane[j];
+        return a;
+    }
+    HVPFAST_INLINE V mul(V a, V b) {
+        for (int j = 0; j < W; ++j) a.lane[j] *= b.lane[j];
+        return a;
+    }
+    HVPFAST_INLINE V max(V a, V b) {  // b where one is NaN
+        for (int j = 0; j < W; ++j) b.lane[j] = a.lane[j] > b.lane[j] ? a.lane[j] : b.lane[j];
+        return b;
+    }
+    HVPFAST_INLINE V whole(V v) {
+        for (int j = 0; j < W; ++j) v.lane[j] = std::nearbyint(v.lane[j]);
+        return v;
+    }
+    HVPFAST_INLINE V times_power(V v, V n) {
+        for (int j = 0; j < W; ++j) v.lane[j] = n.lane[j] == n.lane[j] ? std::ldexp(v.lane[j], int(n.lane[j])) : n.lane[j];
+        return v;
+    }
+    HVPFAST_INLINE void stream(T* p, V v) { store(p, v); }
+    HVPFAST_INLINE void flush() {}
     HVPFAST_INLINE double total(V v) {
         double sum = 0;
         for (int j = 0; j < W; ++j) sum += double(v.lane[j]);
@@ -64,5 +90,7 @@ struct Plain {
 
 Engine<float> engine_portable_f32() { return Body<Plain<float>>::engine(Tier::portable); }
 Engine<double> engine_portable_f64() { return Body<Plain<double>>::engine(Tier::portable); }
+Rowwise<float> rowwise_portable_f32() { return RowBody<Plain<float>>::kernels(); }
+Rowwise<double> rowwise_portable_f64() { return RowBody<Plain<double>>::kernels(); }
 
 }  // namespace hvpfast

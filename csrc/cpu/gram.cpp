@@ -58,6 +58,11 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
     if (amx)
         for (int64_t f = 0; f < groups * features; ++f) low[f] = 0;
 
+    // A few features that lie side by side need no packing, but for the last rows: a strip may not end past x.
+    const bool unpacked = engine.direct != nullptr && out.rows <= engine.panel && !ones && x.outer == 1 && x.col_stride == 1 &&
+                          x.inner_stride >= x.cols && x.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
+    const int64_t direct_rows = unpacked ? x.rows() - ceil_div(engine.panel, x.inner_stride) : 0;
+
     bool fits = true;
     parallel(plan.threads, [&](int index, int count) {
         // With fewer threads than asked for, one does the work of several.
@@ -71,6 +76,11 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
             int64_t parity = 0;
             for (int64_t row = row_first; row < row_last; row += plan.depth, parity ^= 1) {
                 const int64_t k = least(plan.depth, row_last - row);
+                const Mode mode = row == row_first ? Mode::store : Mode::add;
+                if (row + k <= direct_rows) {
+                    engine.direct(mode, static_cast<const T*>(x.data) + row * x.inner_stride, x.inner_stride, k, out.rows, c);
+                    continue;
+                }
                 char* const a = packed + (plan.share ? parity : group) * form * forms;
                 char* const b = engine.one_form ? a : a + form;
                 const int64_t bytes = engine.panel_bytes(k);
@@ -81,7 +91,6 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
                     engine.pack(x, row, k, p, ones, a + p * bytes, b + p * bytes, &stats);
                 }
                 if (plan.share) barrier(count);
-                const Mode mode = row == row_first ? Mode::store : Mode::add;
                 int64_t square = 0;
                 for (int64_t i0 = 0; i0 < shape.panels; i0 += plan.left)
                     for (int64_t j = i0; j < shape.panels; ++j) {
@@ -137,9 +146,10 @@ void gram(const Rows& x, bool ones, double alpha, double beta, const Out& out, P
         return;
     }
     if (tier == Tier::amx) {
-        if (precision == Precision::automatic) precision = Precision::bf16x3;
         // The split's error is stated as an average over many products; a few of them are no work in float32.
-        const bool few = x.dtype == Dtype::f32 && (x.rows() < 32 || out.rows < 32);
+        const int64_t narrow = precision == Precision::automatic ? 48 : 32;
+        const bool few = x.dtype == Dtype::f32 && (x.rows() < 32 || out.rows < narrow);
+        if (precision == Precision::automatic) precision = Precision::bf16x3;
         const Engine<float>* engine = few ? nullptr : engine_amx(precision, x.dtype);
         if (engine != nullptr && gram_with(*engine, x, ones, alpha, beta, out, threads)) return;
     }

@@ -60,6 +60,9 @@ struct Engine {
     // needed. `next` is the c of the next call, or null: it is prefetched.
     double (*block)(Mode mode, const void* a, const void* b, int64_t ni, int64_t nj, int64_t k, bool upper, T* c,
                     const T* next);
+    // c (= or +=) x'x on and above the diagonal, for at most one panel of features that lie side by side, unpacked: `k`
+    // rows, `pitch` apart. Reads up to a strip's width past the last row's end. Null on AMX.
+    void (*direct)(Mode mode, const T* x, int64_t pitch, int64_t k, int64_t features, T* c);
     // c += a'b over a walk that starts at packed rows `left_row` and `right_row`.
     void (*walk)(const void* a, const void* b, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over, T* c);
     // `lanes` (at most panel) arrays of `count` values, `apart` from each other, become rows: to[r * pitch + lane].

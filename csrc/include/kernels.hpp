@@ -22,6 +22,28 @@ void sample_norms_squared(const Batch& a, const Batch& g, void* out, Precision p
 // out (O, I) = sum_m (g_m' a_{m % N}) o (g_m' a_{m % N}) for a (N, T, I), g (M, T, O).
 void second_moment(const Batch& a, const Batch& g, const Out& out, Precision precision, int threads);
 
+// A writable batch of matrices (M, O, I) of float or double.
+struct Samples {
+    void* data;
+    int64_t sample_stride, row_stride, col_stride;
+};
+
+// A result of more bytes than this is written past the caches: it would not fit them.
+constexpr int64_t kStreamed = int64_t(8) << 20;
+
+// out[m] = g_m' a_{m % N} for a (N, T, I), g (M, T, O).
+void sample_grads(const Batch& a, const Batch& g, const Samples& out, Precision precision, int threads);
+
+// Contiguous logits (rows, classes) and v (columns, rows, classes); weight (rows), or null, `weight_stride` apart.
+struct SoftmaxRows {
+    const void *logits, *v, *weight;
+    Dtype dtype;
+    int64_t rows, columns, classes, weight_stride;
+};
+
+// out = weight (diag(p) - p p') v for each row of logits, shaped like v, contiguous.
+void softmax_hvp(const SoftmaxRows& x, void* out, int threads);
+
 // A convolution's input (batch, channels, three spatial axes; unused axes have size and kernel 1) and geometry.
 struct Convolution {
     const void* data;

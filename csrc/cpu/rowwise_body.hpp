@@ -1,0 +1,171 @@
+// The row kernels, written once over a tier's vector policy P: see engine_body.hpp on how and why.
+
+namespace {
+
+// exp(x) for x <= 0 or NaN: x = n ln 2 + r, |r| <= ln 2 / 2, and exp(r) = 1 + r + r^2 q(r) with q the minimax
+// polynomial (relative error 5e-11 and 5e-20 before rounding).
+HVPFAST_INLINE const float* exp_terms(float) {
+    static constexpr float terms[] = {0.00019790294423347439f, 0.00139447034837326711f, 0.00833349734709764957f,
+                                      0.0416662943661103563f,  0.16666665866987448f,    0.500000006783916529f};
+    return terms;
+}
+
+HVPFAST_INLINE const double* exp_terms(double) {
+    static constexpr double terms[] = {
+        2.08266065279509432e-9,  2.51120844852099478e-8, 2.75575822035353221e-7, 2.75572347279063167e-6, 0.0000248015869258115883, 0.000198412698965150087,
+        0.00138888888891163122, 0.00833333333331698259, 0.0416666666666660921,  0.166666666666666835,  0.500000000000000004};
+    return terms;
+}
+
+template <class P>
+HVPFAST_INLINE typename P::V vector_exp(typename P::V x) {
+    using T = typename P::T;
+    using V = typename P::V;
+    constexpr bool wide = sizeof(T) == 8;
+    constexpr int count = wide ? 11 : 6;
+    const T lowest = T(wide ? -746.0 : -104.0);  // exp is zero below
+    const T inverse = T(1.4426950408889634), high = T(wide ? -0.6931471801362932 : -0.693115234375);
+    const T low = T(wide ? -4.2365213658092841e-10 : -3.19461849453e-5);
+    x = P::max(P::broadcast(&lowest), x);  // NaN stays: it is the second operand
+    const V n = P::whole(P::mul(x, P::broadcast(&inverse)));
+    V r = P::fma(n, P::broadcast(&high), x);
+    r = P::fma(n, P::broadcast(&low), r);
+    const T* terms = exp_terms(T(0));
+    V q = P::broadcast(terms);
+#pragma GCC unroll 12
+    for (int term = 1; term < count; ++term) q = P::fma(q, r, P::broadcast(terms + term));
+    const T one = T(1);
+    return P::times_power(P::add(P::broadcast(&one), P::fma(P::mul(r, r), q, r)), n);
+}
+
+template <class P>
+struct RowBody {
+    using T = typename P::T;
+    using V = typename P::V;
+    static constexpr int64_t W = P::W;
+    static constexpr int64_t kRun = 4096;  // values summed in T before they join the double
+
+    HVPFAST_INLINE bool aligned(const T* to, int64_t pitch) {
+        return reinterpret_cast<uintptr_t>(to) % 64 == 0 && pitch * int64_t(sizeof(T)) % 64 == 0;
+    }
+
+    HVPFAST_INLINE void store_part(T* to, V v, int64_t n) {
+        alignas(64) T held[W];
+        P::store(held, v);
+        for (int64_t j = 0; j < n; ++j) to[j] = held[j];
+    }
+
+    static void widen(const void* from, Dtype dtype, int64_t stride, int64_t count, T* to) {
+        const bool own = dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32);
+        int64_t c = 0;
+        if (stride == 1) {
+            for (; c + W <= count; c += W) {
+                if (own) P::store(to + c, P::load(static_cast<const T*>(from) + c));
+                else if (dtype == Dtype::bf16) P::store(to + c, P::load_bf16(static_cast<const uint16_t*>(from) + c, int(W)));
+                else P::store(to + c, P::load_f16(static_cast<const uint16_t*>(from) + c, int(W)));
+            }
+        }
+        for (; c < count; ++c) {
+            if (own) to[c] = static_cast<const T*>(from)[c * stride];
+            else if (dtype == Dtype::bf16) to[c] = T(P::from_bf16(static_cast<const uint16_t*>(from)[c * stride]));
+            else to[c] = T(P::from_f16(static_cast<const uint16_t*>(from)[c * stride]));
+        }
+    }
+
+    static void outer(const T* column, int64_t rows, const T* row, int64_t cols, T* to, int64_t pitch, bool stream) {
+        stream = stream && aligned(to, pitch) && cols % W == 0;
+        for (int64_t r = 0; r < rows; ++r, to += pitch) {
+            const V factor = P::broadcast(column + r);
+            int64_t c = 0;
+            if (stream) {
+                for (; c < cols; c += W) P::stream(to + c, P::mul(factor, P::load(row + c)));
+            } else {
+                for (; c + W <= cols; c += W) P::store(to + c, P::mul(factor, P::load(row + c)));
+                for (; c < cols; ++c) to[c] = column[r] * row[c];
+            }
+        }
+    }
+
+    static void copy(const T* from, int64_t from_pitch, int64_t rows, int64_t cols, T* to, int64_t pitch, bool stream) {
+        stream = stream && aligned(to, pitch) && cols % W == 0;
+        for (int64_t r = 0; r < rows; ++r, from += from_pitch, to += pitch) {
+            int64_t c = 0;
+            if (stream) {
+                for (; c < cols; c += W) P::stream(to + c, P::load(from + c));
+            } else {
+                for (; c + W <= cols; c += W) P::store(to + c, P::load(from + c));
+                for (; c < cols; ++c) to[c] = from[c];
+            }
+        }
+    }
+
+    static double exponentials(T* x, int64_t count) {
+        T lowest;
+        {
+            const double zero = 0;
+            lowest = T(-1 / zero);
+        }
+        for (int64_t c = count; c % W != 0; ++c) x[c] = lowest;
+        V tops[4] = {P::broadcast(&lowest), P::broadcast(&lowest), P::broadcast(&lowest), P::broadcast(&lowest)};
+        int64_t c = 0;
+        for (; c + 4 * W <= count; c += 4 * W)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) tops[j] = P::max(P::load(x + c + j * W), tops[j]);
+        for (; c < count; c += W) tops[0] = P::max(P::load(x + c), tops[0]);
+        alignas(64) T held[W];
+        P::store(held, P::max(P::max(tops[0], tops[1]), P::max(tops[2], tops[3])));
+        T top = held[0];
+        for (int64_t j = 1; j < W; ++j) top = held[j] > top ? held[j] : top;
+
+        const V most = P::broadcast(&top);
+        double sum = 0;
+        for (int64_t start = 0; start < count; start += kRun) {
+            const int64_t last = least(start + kRun, count);
+            V sums[2] = {P::zero(), P::zero()};
+            for (c = start; c + 2 * W <= last; c += 2 * W)
+#pragma GCC unroll 2
+                for (int j = 0; j < 2; ++j) {
+                    const V e = vector_exp<P>(P::sub(P::load(x + c + j * W), most));
+                    P::store(x + c + j * W, e);
+                    sums[j] = P::add(sums[j], e);
+                }
+            for (; c < last; c += W) {
+                const V e = vector_exp<P>(P::sub(P::load(x + c), most));
+                P::store(x + c, e);
+                sums[0] = P::add(sums[0], e);
+            }
+            sum += P::total(P::add(sums[0], sums[1]));
+        }
+        return sum;
+    }
+
+    static void project(const T* e, double sum, const T* v, int64_t count, T weight, T* to) {
+        double dot = 0;
+        for (int64_t start = 0; start < count; start += kRun) {
+            const int64_t last = least(start + kRun, count);
+            V sums[4] = {P::zero(), P::zero(), P::zero(), P::zero()};
+            int64_t c = start;
+            for (; c + 4 * W <= last; c += 4 * W)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; ++j) sums[j] = P::fma(P::load(e + c + j * W), P::load(v + c + j * W), sums[j]);
+            for (; c + W <= last; c += W) sums[0] = P::fma(P::load(e + c), P::load(v + c), sums[0]);
+            if (c < last) sums[1] = P::fma(P::load(e + c), P::load_part(v + c, int(last - c)), sums[1]);
+            dot += P::total(P::add(P::add(sums[0], sums[1]), P::add(sums[2], sums[3])));
+        }
+        const T middle = T(dot / sum), share = T(1 / sum);
+        const V mean = P::broadcast(&middle), factor = P::broadcast(&share), scale = P::broadcast(&weight);
+        int64_t c = 0;
+        for (; c + W <= count; c += W)
+            P::store(to + c, P::mul(P::mul(P::mul(P::load(e + c), factor), P::sub(P::load(v + c), mean)), scale));
+        if (c < count) {
+            const V part = P::load_part(v + c, int(count - c));
+            store_part(to + c, P::mul(P::mul(P::mul(P::load(e + c), factor), P::sub(part, mean)), scale), count - c);
+        }
+    }
+
+    static void flush() { P::flush(); }
+
+    static Rowwise<T> kernels() { return {W, widen, outer, copy, flush, exponentials, project}; }
+};
+
+}  // namespace

@@ -1,0 +1,26 @@
+// Row kernels of one tier: work that memory or the exponential bounds, where the tile engine has nothing to add.
+#pragma once
+
+#include "common.hpp"
+
+namespace hvpfast {
+
+template <class T>
+struct Rowwise {
+    int64_t width;  // values a vector; scratch rows are padded to a multiple of it
+    // `count` values of any dtype, `stride` apart, as T.
+    void (*widen)(const void* from, Dtype dtype, int64_t stride, int64_t count, T* to);
+    // to[r] = column[r] * row for `rows` rows, `pitch` apart. `stream`: past the caches, as far as alignment allows.
+    void (*outer)(const T* column, int64_t rows, const T* row, int64_t cols, T* to, int64_t pitch, bool stream);
+    void (*copy)(const T* from, int64_t from_pitch, int64_t rows, int64_t cols, T* to, int64_t pitch, bool stream);
+    void (*flush)();  // after a thread's last streamed write
+    // x (padded) becomes exp(x - max x), zero in the padding; returns the sum.
+    double (*exponentials)(T* x, int64_t count);
+    // to = weight p o (v - p'v) for p = e / sum, e padded; `to` may be v.
+    void (*project)(const T* e, double sum, const T* v, int64_t count, T weight, T* to);
+};
+
+const Rowwise<float>& rowwise_f32(Tier tier);
+const Rowwise<double>& rowwise_f64(Tier tier);
+
+}  // namespace hvpfast
