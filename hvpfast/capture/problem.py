@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from hvpfast.capture.data import Batch, Data, batch_size, call, tensors_in
 from hvpfast.capture.errors import NonFiniteError, StateError
-from hvpfast.capture.losses import Loss, as_loss
+from hvpfast.capture.losses import Loss
 from hvpfast.capture.state import refuse_batch_statistics, refuse_dropout
+from hvpfast.capture.torch_losses import as_loss
 from hvpfast.space import Space
 
 
@@ -28,7 +29,7 @@ class Problem:
     """Model, loss, data and parameters, checked; runs batches and says what is wrong with them.
 
     Args:
-        model: a torch.nn.Module. loss: see `losses.as_loss`. data: see `data.Data`.
+        model: a torch.nn.Module. loss: see `torch_losses.as_loss`. data: see `data.Data`.
         params: None for every parameter that requires grad; or names, or Parameters, or a dict of them.
         who: the name of the public call, for errors.
         per_sample: whether the quantity asked for needs samples that do not interact (refuses batch statistics).

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.capture.data import Data, batch_size, call, tensors_in
-from hvpfast.capture.losses import Loss, as_loss
+from hvpfast.capture.losses import Loss
 from hvpfast.capture.state import preserved, refuse_dropout
+from hvpfast.capture.torch_losses import as_loss
 
 KEEP_BYTES = 1 << 30  # a loader's batches are kept in memory up to this size
 

@@ -15,6 +15,9 @@ from hvpfast.operators.curvature import Curvature
 from hvpfast.operators.linearize import Derivative, Jacobian, go_together, saved_bytes
 
 
+_MOST_ROOTS = 32  # classes up to which the exact block-diagonal GGN is made of captured rows
+
+
 class Piece:
     """`J' S J v` of one batch, whole or block by block: J the output's Jacobian, S a matrix on outputs."""
 
@@ -155,7 +158,10 @@ class GGN(OutputCurvature):
 
     def _outer(self, evaluated: Evaluated, output: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.mc_samples == 0:
-            return None
+            # Block by block, the Jacobian's tangents would be pushed through the network once a block: S's exact root,
+            # a column a class, is captured instead where it is small.
+            root = self.problem.loss.root(output, evaluated.batch.target) if self._blocks is not None else None
+            return None if root is None or len(root) > _MOST_ROOTS else (root.detach(), root.new_ones(root.shape[1]))
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + evaluated.batch.index) % (1 << 63))
         u = self.problem.loss.draw(output, evaluated.batch.target, self.mc_samples, generator).detach()
         return u, u.new_full((u.shape[1],), 1 / self.mc_samples)

@@ -154,3 +154,26 @@ def test_deep_linear_network_has_hessian_equal_to_ggn_only_at_zero_residual():
     off = exact + 1
     difference = hf.Hessian(model, loss, (inputs, off)).to_dense() - hf.GGN(model, loss, (inputs, off)).to_dense()
     assert difference.norm() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "loss_name", ["all options", "all options, sum", "probabilities", "mse", "bce", "bce, weighted, sum"]
+)
+def test_roots_of_the_losses(loss_name):
+    """sum_k R_k R_k' is the loss's Hessian in the output, within each sample."""
+    build, targets = LOSSES[loss_name]
+    torch.manual_seed(0)
+    output, target, loss = torch.randn(6, 4, dtype=torch.float64), targets(6, 4), build(4)
+    root = hf.capture.torch_losses.as_loss(loss, "test").root(output, target)
+    truth = torch.autograd.functional.hessian(lambda f: loss(f, target), output)
+    got = torch.einsum("knc,knd->ncd", root, root)
+    assert relative(got, truth[torch.arange(6), :, torch.arange(6)]) < 1e-12
+
+
+@pytest.mark.parametrize("loss_name", ["all options", "mse, sum", "bce", "custom"])
+def test_blocks_of_a_transformer(loss_name):
+    """Captured where rules cover all parameters, by the Jacobian elsewhere: one matrix."""
+    model, loss, inputs, target = problem("attention", loss_name)
+    truth = dense_ggn(model, loss, inputs, target)
+    blocks = hf.GGN(model, loss, unequal(inputs, target), blocks=True)
+    assert relative(blocks.to_dense(), truth * mask_of(blocks)) < TOLERANCE
