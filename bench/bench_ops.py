@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from bench import peers
-from bench.cases import FORMULATIONS, ROWS, Row, work
+from bench.cases import FORMULATIONS, ROWS, Row, inputs, work
 from bench.conftest import describe, devices
 from bench.contest import CLOCK, Unfit, hold, replay, require
 from hvpfast import dispatch
-from hvpfast.testing import assert_accurate, make_inputs
+from hvpfast.testing import assert_accurate
 
 REDUCED = ("ieee", "bf16x3")
 
@@ -30,8 +30,7 @@ PAIRS = [(device, row, name) for device in devices() for row in ROWS for name in
 
 def compete(row: Row, device: str, pace):
     op = dispatch.OPS[row.op]
-    sizes = {key: getattr(row, key) for key in ("n", "t", "i", "o", "k")}
-    args, kwargs = make_inputs(row.op, **sizes, dtype=row.dtype, device=device, layout=row.layout)
+    args, kwargs = inputs(row, device)
     before = {key: x.clone() if key == "out" else x for key, x in kwargs.items()}
 
     def ours(name: str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hvpfast.testing import make_inputs
+
 
 class Row(NamedTuple):
-    """One benchmark: an op at N samples, T positions, I and O features, K columns."""
+    """One benchmark: an op at N samples, T positions, I and O features, K columns; convolutions have I channels on a
+    square of `side` pixels, a square `kernel` and `options` of (stride, padding, dilation, groups)."""
 
     op: str
     n: int
@@ -21,9 +25,19 @@ class Row(NamedTuple):
     k: int = 1
     dtype: torch.dtype = torch.float32
     layout: str = "contiguous"
+    side: int = 0
+    kernel: int = 0
+    options: tuple[int, int, int, int] = (1, 0, 1, 1)
 
     @property
     def name(self) -> str:
+        if self.op == "conv_gram":
+            stride, padding, dilation, groups = self.options
+            label = (
+                f"N={self.n} C={self.i} {self.side}x{self.side} kernel {self.kernel} stride {stride} padding {padding}"
+            )
+            label += (f" dilation {dilation}" if dilation > 1 else "") + (f" groups {groups}" if groups > 1 else "")
+            return f"{self.op} {label} {str(self.dtype).removeprefix('torch.')}"
         sizes = {"gram": "n i", "softmax_hvp": "n o k"}.get(self.op, "n t i o k").split()
         label = " ".join(f"{s.upper()}={getattr(self, s)}" for s in sizes if s != "k" or self.k > 1)
         extra = "" if self.layout == "contiguous" else f" {self.layout}"
@@ -31,6 +45,11 @@ class Row(NamedTuple):
 
     def shrunk(self) -> Row:
         """The same regime in miniature, for smoke runs."""
+        if self.op == "conv_gram":
+            stride, padding, dilation, groups = self.options
+            few = min(groups, 4)
+            channels = few if groups == self.i else min(self.i, 4 * few)
+            return self._replace(n=2, i=channels, side=min(self.side, 9), options=(stride, padding, dilation, few))
         return self._replace(
             n=min(self.n, 24), t=min(self.t, 9), i=min(self.i, 24), o=min(self.o, 24), k=min(self.k, 2)
         )
@@ -48,6 +67,18 @@ _PAIRS = (
     (8, 2048, 64, 64),
 )
 _half = torch.bfloat16
+# (N, C, side, kernel, (stride, padding, dilation, groups)): what ResNets and MobileNets hold.
+_IMAGES = (
+    (128, 64, 32, 3, (1, 1, 1, 1)),
+    (128, 128, 16, 3, (1, 1, 1, 1)),
+    (128, 256, 8, 3, (1, 1, 1, 1)),
+    (128, 64, 32, 3, (2, 1, 1, 1)),
+    (64, 64, 16, 5, (1, 2, 1, 1)),
+    (16, 3, 112, 7, (2, 3, 1, 1)),
+    (64, 64, 16, 3, (1, 2, 2, 1)),
+    (64, 128, 16, 3, (1, 1, 1, 128)),
+    (64, 128, 16, 3, (1, 1, 1, 8)),
+)
 
 ROWS: tuple[Row, ...] = (
     *(Row("gram", n, i=i) for n, i in ((8192, 1024), (8192, 2048), (4096, 4096), (1024, 256))),
@@ -55,6 +86,8 @@ ROWS: tuple[Row, ...] = (
     *(Row("gram", n, i=i) for n, i in ((65536, 64), (16384, 512), (64, 2048), (256, 8), (1, 1024))),
     *(Row("gram", 8192, i=1024, layout=layout) for layout in ("strided", "transposed")),
     Row("gram", 4096, i=1024, dtype=torch.float64),
+    *(Row("conv_gram", n, i=c, side=side, kernel=kernel, options=rest) for n, c, side, kernel, rest in _IMAGES),
+    Row("conv_gram", 128, i=128, side=16, kernel=3, options=(1, 1, 1, 1), dtype=_half),
     *(Row("sample_norms_squared", *pair) for pair in _PAIRS),
     Row("sample_norms_squared", 16, 128, 256, 1024, dtype=_half),
     Row("sample_norms_squared", 64, 64, 128, 128, 4),
@@ -66,9 +99,28 @@ ROWS: tuple[Row, ...] = (
 )
 
 
+def inputs(row: Row, device: str) -> tuple[tuple, dict]:
+    """The op's arguments, `out` poisoned."""
+    if row.op != "conv_gram":
+        sizes = {key: getattr(row, key) for key in ("n", "t", "i", "o", "k")}
+        return make_inputs(row.op, **sizes, dtype=row.dtype, device=device, layout=row.layout)
+    x = torch.randn(row.n, row.i, row.side, row.side, generator=torch.Generator().manual_seed(0)).relu()
+    stride, padding, dilation, groups = row.options
+    width = row.i // groups * row.kernel**2
+    out = torch.full((width, width) if groups == 1 else (groups, width, width), math.nan, device=device)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    return (x.to(device, row.dtype), row.kernel), {**options, "out": out}
+
+
 def work(row: Row) -> tuple[int, int]:
     """(flops, bytes) that the op needs at the least: symmetry used, every tensor moved once."""
     n, t, i, o, k = row[1:6]
+    if row.op == "conv_gram":  # as a Gram matrix of patches; the offset structure needs fewer, so 100 % can be passed
+        stride, padding, dilation, groups = row.options
+        positions = ((row.side + 2 * padding - dilation * (row.kernel - 1) - 1) // stride + 1) ** 2
+        width = i // groups * row.kernel**2
+        moved = row.dtype.itemsize * n * i * row.side**2 + 4 * groups * width**2
+        return groups * n * positions * width * (width + 1), moved
     size, m, wide = row.dtype.itemsize, row.n * row.k, max(row.dtype.itemsize, 4)
     pair = size * (n * t * i + m * t * o)
     product = 2 * m * t * i * o
@@ -123,8 +175,26 @@ def _einsum_moment(a: Tensor, g: Tensor, *, out: Tensor) -> Tensor:
     return torch.einsum("mto,mti->moi", g, _pairs(a, g)).square().sum(0)
 
 
+def _unfold(product: Callable[[Tensor], Tensor]) -> Callable:
+    def run(x, kernel, *, stride, padding, dilation, groups, out):
+        rows = F.unfold(x, kernel, dilation, padding, stride)  # (N, I, T)
+        factors = [product(part) for part in rows.chunk(groups, 1)]
+        return factors[0] if groups == 1 else torch.stack(factors)
+
+    return run
+
+
+def _rows_product(rows: Tensor) -> Tensor:
+    flat = rows.transpose(1, 2).flatten(0, 1)
+    return flat.T @ flat
+
+
 FORMULATIONS: dict[str, dict[str, Callable]] = {
     "gram": {"torch mm": _mm, "torch einsum": _einsum},
+    "conv_gram": {
+        "torch unfold, mm": _unfold(_rows_product),
+        "torch unfold, bmm": _unfold(lambda rows: torch.bmm(rows, rows.mT).sum(0)),
+    },
     "sample_norms_squared": {"torch two Grams": _two_grams, "torch materialised": _materialised_norms},
     "second_moment": {"torch materialised": _materialised_moment, "torch einsum": _einsum_moment},
     "sample_grads": {

@@ -41,7 +41,7 @@ def test_every_entry_says_what_it_is(results):
         if info["suite"] != "dispatch":
             assert entry["stats"]["median"] > 0
             assert info["versions"]["torch"] and info["device"] and info["device_name"]
-            assert info["ratio"] > 0 and info["against"]
+            assert info["ratio"] > 0 if info["against"] else info["suite"] == "probes"  # some have rivals only in peers
         if info["suite"] == "ops":
             assert info["flops"] >= 0 and info["bytes"] > 0 and info["roofline_percent"] > 0
     against_itself = [e for e in entries if e["extra_info"].get("against") == e["extra_info"]["contestant"]]
