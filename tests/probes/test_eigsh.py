@@ -317,3 +317,16 @@ def test_nan_names_the_matvec():
 
     with pytest.raises(FloatingPointError, match="eigsh: matvec 5 has NaN or inf"):
         eigsh(Operator(matrix_with(range(40)), edit=poison), 3)
+
+
+def test_rounding_of_a_float32_matrix_warns_and_a_float64_one_raises():
+    """Asymmetry of one percent: below float64 cancellation may explain it; in float64 only a wrong matrix does."""
+    torch.manual_seed(0)
+    a = torch.randn(40, 40, dtype=torch.float64)
+    a = a @ a.T / 40 + 0.01 * torch.randn(40, 40, dtype=torch.float64)
+    with pytest.raises(ValueError, match="needs a symmetric A"):
+        eigsh(a, k=1)
+    with pytest.warns(UserWarning, match="rounding of products in this dtype"):
+        eigsh(a.float(), k=1)
+    with pytest.raises(ValueError, match="needs a symmetric A"):
+        eigsh(torch.triu(a).float(), k=1)
