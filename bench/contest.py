@@ -168,9 +168,9 @@ CLOCK = Clock()
 def require(outcome: Outcome, name: str) -> None:
     """Skip a contestant that could not take part, saying why; fail one of ours whose result was wrong."""
     if name in outcome.reasons:
-        pytest.skip(outcome.reasons[name])
+        pytest.skip(f"{name}: {outcome.reasons[name]}")
     if name in outcome.wrong:
-        pytest.fail(outcome.wrong[name])
+        pytest.fail(f"{name}: {outcome.wrong[name]}")
 
 
 def replay(benchmark, outcome: Outcome, name: str) -> None:
