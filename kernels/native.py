@@ -58,6 +58,23 @@ _CPU_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.floa
 _CPU_PRECISIONS = {"auto": 0, "ieee": 1, "bf16x3": 2, "bf16": 3}
 
 
+_CPU_PORTABLE = "this CPU offers only the portable tier, which is slower than torch's own kernels"
+_CPU_PLAIN_PRODUCT = "in full precision this is a plain matrix product, in which torch is as fast (0.85-0.98x, 2026-11-21)"
+_cpu_tier: list[str] = []  # the tier when it was first asked for; a test that forces one asks for the backend by name
+
+
+def _cpu_is_portable() -> bool:
+    if not _cpu_tier:
+        _cpu_tier.append(_modules["cpu"].tier())
+    return _cpu_tier[0] == "portable"
+
+
+def _cpu_uses_amx(x: torch.Tensor, precision: str) -> bool:
+    """Whether AMX multiplies these data: bf16 exactly, float32 in halves unless full precision is asked for."""
+    _cpu_is_portable()
+    return _cpu_tier[0] == "amx" and (x.dtype is torch.bfloat16 or (x.dtype is torch.float32 and precision != "ieee"))
+
+
 def _cpu_dtype_reason(name: str, x: torch.Tensor) -> str:
     return f"{name} is {x.dtype}; the kernel reads float64, float32, bfloat16 and float16"
 
@@ -102,6 +119,21 @@ def cpu_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, pr
     return None if x.dtype in _CPU_DTYPES else _cpu_dtype_reason("x", x)
 
 
+def cpu_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
+    features = x.shape[-1]
+    if features == 0:
+        return None
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
+    # Measured on one thread of a 2-core AVX-512 + AMX machine, 2026-11-21.
+    rows = x.numel() // features
+    if rows < 64 and features >= 96:
+        return "fewer than 64 rows of 96 features or more: both write the result, and little else is to do"
+    if features <= 4 and rows >= (16384 if x.element_size() >= 4 else 1024):
+        return "at most 4 features: reading x is all there is, and torch's product does it at least as fast"
+    return None
+
+
 def cpu_sample_norms_squared(a, g, *, precision="auto"):
     out = g.new_empty(g.shape[0], dtype=torch.float64 if g.dtype is torch.float64 else torch.float32)
     _modules["cpu"].sample_norms_squared(
@@ -113,6 +145,16 @@ def cpu_sample_norms_squared(a, g, *, precision="auto"):
 
 def cpu_sample_norms_squared_supports(a, g, *, precision="auto") -> str | None:
     return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
+
+
+def cpu_sample_norms_squared_worthwhile(a, g, *, precision="auto") -> str | None:
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
+    t, i, o = a.shape[1], a.shape[2], g.shape[2]
+    if t >= 256 and t * (i + o) >= 2 * i * o and not _cpu_uses_amx(a, precision):
+        return _CPU_PLAIN_PRODUCT
+    return None
+
 
 
 def cpu_second_moment(a, g, *, out=None, precision="auto"):
@@ -128,6 +170,54 @@ def cpu_second_moment(a, g, *, out=None, precision="auto"):
 
 def cpu_second_moment_supports(a, g, *, out=None, precision="auto") -> str | None:
     return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
+
+
+def cpu_second_moment_worthwhile(a, g, *, out=None, precision="auto") -> str | None:
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
+    if (a.shape[1] == 1 or a.shape[1] >= 256) and not _cpu_uses_amx(a, precision):
+        return _CPU_PLAIN_PRODUCT
+    return None
+
+
+
+def cpu_sample_grads(a, g, *, out=None, precision="auto"):
+    if out is None:
+        shape = (g.shape[0], g.shape[2], a.shape[2])
+        out = g.new_empty(shape, dtype=torch.float64 if g.dtype is torch.float64 else torch.float32)
+    _modules["cpu"].sample_grads(
+        a.data_ptr(), a.shape, a.stride(), g.data_ptr(), g.shape, g.stride(), _CPU_DTYPES[a.dtype],
+        out.data_ptr(), out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def cpu_sample_grads_supports(a, g, *, out=None, precision="auto") -> str | None:
+    if a.dtype not in _CPU_DTYPES:
+        return _cpu_dtype_reason("a", a)
+    if out is not None and out.numel() and out.untyped_storage().data_ptr() in (
+        a.untyped_storage().data_ptr(), g.untyped_storage().data_ptr()
+    ):  # fmt: skip
+        return "out shares memory with a or g"
+    return None
+
+
+def cpu_softmax_hvp(logits, v, *, weight=None, precision="auto"):
+    classes = logits.shape[-1]
+    out = v.new_empty(v.shape, dtype=torch.float64 if v.dtype is torch.float64 else torch.float32)
+    logits, v = logits.contiguous(), v.contiguous()
+    if weight is not None:
+        weight = weight.contiguous()
+    rows = logits.numel() // classes if classes else 0
+    _modules["cpu"].softmax_hvp(
+        logits.data_ptr(), v.data_ptr(), 0 if weight is None else weight.data_ptr(), 1, _CPU_DTYPES[v.dtype],
+        rows, v.numel() // (rows * classes) if rows else 0, classes, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def cpu_softmax_hvp_supports(logits, v, *, weight=None, precision="auto") -> str | None:
+    return None if logits.dtype in _CPU_DTYPES else _cpu_dtype_reason("logits", logits)
 
 
 def _cpu_convolution(x, kernel_size, stride, padding, dilation) -> tuple[tuple[int, ...], ...]:
@@ -210,6 +300,18 @@ def cpu_conv_gram_supports(
     if x.numel() == 0:
         return "x is empty"
     return None
+
+
+def cpu_conv_gram_worthwhile(
+    x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
+    out=None, alpha=1.0, beta=0.0, precision="auto",
+) -> str | None:  # fmt: skip
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
+    if x.shape[1] // groups < 8:
+        return "fewer than 8 channels a group fill too little of a tile"
+    return None
+
 
 
 

@@ -109,6 +109,52 @@ void gather(const Rows& x, const int64_t* offset, int rows, int64_t feature, int
     }
 }
 
+// 32 neighbouring float32 -> a left tile's row: 16 lanes of two bf16 each.
+template <int PARTS>
+HVPFAST_INLINE void split_run(const float* p, Split& seen, __m512i& high, __m512i& low, __m512& squares) {
+    const __m512i half = _mm512_set1_epi32(0x8000), top = _mm512_set1_epi32(int(0xffff0000u));
+    __m256i highs[2], lows[2];
+#pragma GCC unroll 2
+    for (int part = 0; part < 2; ++part) {
+        const __m512i bits = _mm512_loadu_si512(p + 16 * part);
+        seen.largest = _mm512_max_epu32(seen.largest, _mm512_add_epi32(bits, bits));
+        const __m512i rounded = _mm512_and_si512(_mm512_add_epi32(bits, half), top);
+        highs[part] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+        if (PARTS == 2) {
+            const __m512 rest = _mm512_sub_ps(_mm512_castsi512_ps(bits), _mm512_castsi512_ps(rounded));
+            squares = _mm512_fmadd_ps(rest, rest, squares);
+            lows[part] = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(rest), half), 16));
+        }
+    }
+    high = _mm512_inserti64x4(_mm512_castsi256_si512(highs[0]), highs[1], 1);
+    if (PARTS == 2) low = _mm512_inserti64x4(_mm512_castsi256_si512(lows[0]), lows[1], 1);
+}
+
+// Packs 32 rows that are neighbours in memory: a feature's values are a left tile's row as they stand, and the right
+// tile is the transpose.
+template <int PARTS>
+void pack_across(const float* p, int64_t apart, int n, char* a, char* b, Split& seen, float* low_squares) {
+    __m512i high[16], low[16];
+    for (int j = 0; j < 16; ++j) {
+        high[j] = low[j] = _mm512_setzero_si512();
+        if (j >= n) continue;
+        __m512 squares = _mm512_setzero_ps();
+        split_run<PARTS>(p + j * apart, seen, high[j], low[j], squares);
+        if (PARTS == 2 && low_squares != nullptr) low_squares[j] += _mm512_reduce_add_ps(squares);
+    }
+    for (int part = 0; part < PARTS; ++part) {
+        __m512i* rows = part == 0 ? high : low;
+        if (a != nullptr)
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; ++r) _mm512_storeu_si512(a + part * kTile + r * 64, rows[r]);
+        if (b != nullptr) {
+            transpose16(rows);
+#pragma GCC unroll 16
+            for (int r = 0; r < 16; ++r) _mm512_storeu_si512(b + part * kTile + r * 64, rows[r]);
+        }
+    }
+}
+
 template <int PARTS>
 void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* left, void* right, PackStats* stats) {
     const int64_t first = p * kPanel;
@@ -124,9 +170,18 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
         const int rows = int(least(kGroup, k - k0));
         int64_t offset[32];
         for (int r = 0; r < rows; ++r) offset[r] = cursor.next(x);
+        const bool across = x.dtype == Dtype::f32 && x.inner_stride == 1 && x.col_stride != 1 && rows == 32 &&
+                            offset[31] - offset[0] == 31;
         for (int s = 0; s < strips; ++s) {
             const int n = int(most(0, least(16, x.cols - first - 16 * s)));
             const int64_t feature = first + 16 * s;
+            const int64_t at = ((k0 / kGroup) * 2 + s) * PARTS * kTile;
+            if (across && !(ones && n < 16)) {
+                pack_across<PARTS>(static_cast<const float*>(x.data) + offset[0] + feature * x.col_stride, x.col_stride, n,
+                                   a == nullptr ? nullptr : a + at, b == nullptr ? nullptr : b + at, seen[s],
+                                   stats == nullptr || stats->low_squares == nullptr ? nullptr : stats->low_squares + 16 * s);
+                continue;
+            }
             __m512i high[16], low[16];
             if (x.dtype == Dtype::bf16 && x.col_stride == 1 && !(ones && n < 16)) {
                 const uint16_t* base = static_cast<const uint16_t*>(x.data) + feature;
@@ -160,7 +215,6 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
                 for (int r = 0; r < 16; ++r)
                     split_pair<PARTS>(_mm512_load_ps(held[2 * r]), _mm512_load_ps(held[2 * r + 1]), seen[s], high[r], low[r]);
             }
-            const int64_t at = ((k0 / kGroup) * 2 + s) * PARTS * kTile;
             if (b != nullptr) {
 #pragma GCC unroll 16
                 for (int r = 0; r < 16; ++r) {

@@ -66,6 +66,7 @@ bool norms_with(const Engine<T>& engine, bool by_gram, const Batch& a, const Bat
     const bool keep = by_gram && columns > 1 && t * t <= (1 << 18);  // a a', shared by the columns
     const int64_t splits = m_all >= threads ? 1 : threads;           // few samples: the threads share each one's blocks
 
+    const int64_t held = most(1, l2_bytes() / 3 / most(1, right.bytes() / most(1, right.panels)));
     const int64_t forms = engine.one_form ? 1 : 2;
     Carver carver;
     const int64_t a_at = carver.take(forms * left.bytes()), g_at = carver.take(forms * right.bytes());
@@ -106,10 +107,12 @@ bool norms_with(const Engine<T>& engine, bool by_gram, const Batch& a, const Bat
             } else {
                 if (fresh) left.pack(by_position(a, n), forms == 2 ? nullptr : a_left, a_right, &of_a);
                 right.pack(by_position(g, m), g_left, forms == 2 ? nullptr : g_left, &of_g);
-                for (int64_t j = 0, pair = 0; j < panels; ++j)
-                    for (int64_t i = 0; i < right.panels; ++i, ++pair)
-                        if (pair % parts == part)
-                            sum += block_sum<T>(right, g_left, i, left, a_right, j, nullptr, scratch);
+                int64_t pair = 0;
+                for (int64_t i0 = 0; i0 < right.panels; i0 += held)  // these stay in L2 while the panels of a pass
+                    for (int64_t j = 0; j < panels; ++j)
+                        for (int64_t i = i0; i < least(right.panels, i0 + held); ++i, ++pair)
+                            if (pair % parts == part)
+                                sum += block_sum<T>(right, g_left, i, left, a_right, j, nullptr, scratch);
             }
             partial[part * m_all + m] = sum;
         }
@@ -155,7 +158,7 @@ void norms(const Engine<T>& vector, const Batch& a, const Batch& g, T* out, Prec
             const bool automatic = precision == Precision::automatic;
             if (automatic) precision = Precision::bf16x3;
             const Engine<float>* amx = engine_amx(precision, a.dtype);
-            const bool few = a.dtype == Dtype::f32 && (a.positions < 8 || a.features * g.features < 256);
+            const bool few = a.dtype == Dtype::f32 && (a.positions < (automatic ? 32 : 8) || a.features * g.features < 256);
             if (amx != nullptr && !few) {
                 const Costs fast = costs(*amx, a.dtype == Dtype::f32 && precision == Precision::bf16x3, a, g);
                 if ((!automatic || fast.least() < exact.least()) && norms_with(*amx, fast.gram < fast.direct, a, g, out, threads)) return;

@@ -23,16 +23,17 @@ inline Rows by_feature(const Batch& x, int64_t n) {
 
 constexpr int64_t kDepth = 256;  // rows packed at a time; longer sums go through a block of sums (accuracy: engine.hpp)
 
-// A matrix packed whole: k in slices of kDepth, [slice][panel].
+// A matrix packed whole: k in slices, [slice][panel]. AMX adds pairs of rows at a time, so that its slices may be longer.
 template <class T>
 struct Packed {
     const Engine<T>& engine;
-    int64_t features, k, panels, slices;
+    int64_t features, k, deepest, panels, slices;
     Packed(const Engine<T>& with, int64_t wide, int64_t deep)
-        : engine(with), features(wide), k(deep), panels(ceil_div(wide, with.panel)), slices(ceil_div(deep, kDepth)) {}
-    int64_t slice_bytes() const { return panels * engine.panel_bytes(least(k, kDepth)); }
+        : engine(with), features(wide), k(deep), deepest(with.tier == Tier::amx ? 4 * kDepth : kDepth),
+          panels(ceil_div(wide, with.panel)), slices(ceil_div(deep, deepest)) {}
+    int64_t slice_bytes() const { return panels * engine.panel_bytes(least(k, deepest)); }
     int64_t bytes() const { return slices * slice_bytes(); }
-    int64_t depth(int64_t slice) const { return least(kDepth, k - slice * kDepth); }
+    int64_t depth(int64_t slice) const { return least(deepest, k - slice * deepest); }
     const char* at(const char* base, int64_t slice, int64_t panel) const {
         return base + slice * slice_bytes() + panel * engine.panel_bytes(depth(slice));
     }
@@ -41,7 +42,7 @@ struct Packed {
         for (int64_t slice = 0; slice < slices; ++slice)
             for (int64_t p = 0; p < panels; ++p) {
                 const int64_t at = slice * slice_bytes() + p * engine.panel_bytes(depth(slice));
-                engine.pack(x, slice * kDepth, depth(slice), p, false, left == nullptr ? nullptr : left + at,
+                engine.pack(x, slice * deepest, depth(slice), p, false, left == nullptr ? nullptr : left + at,
                             right == nullptr ? nullptr : right + at, stats);
             }
     }
