@@ -20,16 +20,19 @@ class Normal:
     """How one call of one layer reads as a linear map: functions, so that nothing is computed before it is needed.
 
     Attributes:
-        inputs: () -> a (G, N, T, I). grads: (M, *output) -> g (G, M, T, O).
+        inputs: () -> a (G, N, T, I), or of a slice of the samples only. grads: (M, *output) -> g (G, M, T, O).
+        patches: elements of `a` a sample where that is more than the layer's input holds (patches of a convolution),
+            so that it is worth making a few samples at a time; 0 elsewhere.
         kind: "linear": the weight's gradient is g_m' a_m; "transposed": the weight is stored as (G, I, O);
             "scale": it multiplies feature by feature, sum_t g_t o a_t (I = O, one group);
             "rows": it is looked up, and `a` holds the row indices (1, N, T, 1).
         bias: (M, *output) -> (M, O), where it is not the sum of `grads` over positions.
     """
 
-    inputs: Callable[[], Tensor]
+    inputs: Callable[..., Tensor]
     grads: Callable[[Tensor], Tensor]
     kind: str = "linear"
+    patches: int = 0
     bias: Callable[[Tensor], Tensor] | None = None
 
 
@@ -66,20 +69,31 @@ def convolution(module: nn.modules.conv._ConvNd, x: Tensor) -> Normal:
         groups = module.groups
         return g.reshape(g.shape[0], groups, g.shape[1] // groups, -1).permute(1, 0, 3, 2)
 
-    return Normal(lambda: patches(module, x), outputs)
+    size = 0
+    if any(k > 1 for k in module.kernel_size):
+        size = x.shape[1] * torch.Size(module.kernel_size).numel() * torch.Size(_extents(module, x)).numel()
+    return Normal(lambda rows=slice(None): patches(module, x[rows]), outputs, patches=size)
 
 
 def patches(module: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
     """The input patches of a convolution, (G, N, T, C / G * kernel): any stride, dilation, groups and padding mode."""
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    extents = _extents(module, x)
     if any(module._reversed_padding_repeated_twice):
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-    extents = [
-        (size - d * (k - 1) - 1) // s + 1
-        for size, d, k, s in zip(x.shape[2:], module.dilation, module.kernel_size, module.stride, strict=True)
-    ]
     none = (0,) * len(extents)
     return windows(x, extents, module.kernel_size, module.stride, module.dilation, none, module.groups)
+
+
+def _extents(module: nn.modules.conv._ConvNd, x: Tensor) -> list[int]:
+    """The output's spatial extents for an input (N, C, *spatial)."""
+    pads = module._reversed_padding_repeated_twice[::-1]  # two an axis, first axis first
+    return [
+        (size + pads[2 * i] + pads[2 * i + 1] - d * (k - 1) - 1) // s + 1
+        for i, (size, d, k, s) in enumerate(
+            zip(x.shape[2:], module.dilation, module.kernel_size, module.stride, strict=True)
+        )
+    ]
 
 
 def windows(
@@ -104,17 +118,18 @@ def windows(
     x = x.contiguous()
     n, c = x.shape[:2]
     steps = x.stride()[2:]
-    view = x.as_strided(  # (G, N, *out, C / G, *kernel)
-        (groups, n, *extents, c // groups, *kernel),
+    view = x.as_strided(  # (N, G, C / G, *kernel, *out): copied below along whole rows of the image, positions last
+        (n, groups, c // groups, *kernel, *extents),
         (
-            x.stride(1) * (c // groups),
             x.stride(0),
-            *(step * s for step, s in zip(steps, stride, strict=True)),
+            x.stride(1) * (c // groups),
             x.stride(1),
             *(step * d for step, d in zip(steps, dilation, strict=True)),
+            *(step * s for step, s in zip(steps, stride, strict=True)),
         ),
     )
-    return view.reshape(groups, n, torch.Size(extents).numel(), c // groups * torch.Size(kernel).numel())
+    features, positions = c // groups * torch.Size(kernel).numel(), torch.Size(extents).numel()
+    return view.reshape(n, groups, features, positions).permute(1, 0, 3, 2)
 
 
 @layer(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -132,7 +147,7 @@ def transposed_convolution(module: nn.modules.conv._ConvTransposeNd, x: Tensor) 
     def pixels() -> Tensor:
         return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1).permute(1, 0, 3, 2)
 
-    return Normal(pixels, outputs, "transposed", lambda g: g.flatten(2).sum(2))
+    return Normal(pixels, outputs, "transposed", bias=lambda g: g.flatten(2).sum(2))
 
 
 def _features_last(x: Tensor, features: int) -> Tensor:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hvpfast.capture.layers import RULES, layer, rule_of
-from hvpfast.capture.sites import site_of
+from hvpfast.capture.sites import PatchSite, site_of
 
 
 def check(module, x):
@@ -26,11 +26,7 @@ def check(module, x):
     c = torch.randn(m, 2, dtype=torch.float64)
     for p, truth in zip(params, stacked, strict=True):
         use = [(normal, g)]
-        site = (
-            site_of(tuple(p.shape), use, [])
-            if p is module._parameters.get("weight")
-            else site_of(tuple(p.shape), [], use)
-        )
+        site = site_of(tuple(p.shape), *((use, []) if p is module._parameters.get("weight") else ([], use)), n)
         w = v if p is params[0] else torch.randn(2, *p.shape, dtype=torch.float64)
         flat = truth.reshape(m, -1)
         assert site.rows == m
@@ -140,10 +136,15 @@ def convolutions(draw):
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(convolutions())
-def test_convolutions(case):
+@given(convolutions(), st.sampled_from([1, 1 << 20]))
+def test_convolutions(case, chunk):
+    """Patches of one sample at a time, and of all."""
     torch.manual_seed(0)
-    check(*case)
+    before, PatchSite.CHUNK = PatchSite.CHUNK, chunk
+    try:
+        check(*case)
+    finally:
+        PatchSite.CHUNK = before
 
 
 def test_strided_and_channels_last_inputs():
