@@ -318,7 +318,8 @@ def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
 def _check_softmax_hvp(logits, v, *, weight=None):
     if not _alike(logits, v):
         _floats("softmax_hvp", logits=logits, v=v)
-    if logits.dim() == 0 or tuple(v.shape[v.dim() - logits.dim() :]) != tuple(logits.shape):
+    of, shape = logits.shape, v.shape
+    if not of or (shape != of and shape[len(shape) - len(of) :] != of):
         raise ValueError(
             f"softmax_hvp: logits have shape {tuple(logits.shape)} and v {tuple(v.shape)}; they must be (..., C) and "
             f"(..., C), or (K, ..., C) for K vectors at once"
@@ -326,7 +327,7 @@ def _check_softmax_hvp(logits, v, *, weight=None):
     if weight is not None:
         if not _alike(logits, weight):
             _floats("softmax_hvp", logits=logits, weight=weight)
-        if weight.shape != logits.shape[:-1]:
+        if (*weight.shape, of[-1]) != of:
             raise ValueError(
                 f"softmax_hvp: weight has shape {tuple(weight.shape)}; it must be {tuple(logits.shape[:-1])}, one a row"
             )
@@ -354,7 +355,8 @@ def _check_conv_gram(
     x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
     out=None, alpha=1.0, beta=0.0,
 ):  # fmt: skip
-    _floats("conv_gram", x=x)
+    if not _alike(x, x):
+        _floats("conv_gram", x=x)
     if x.dim() not in (3, 4, 5):
         raise ValueError(f"conv_gram: x has shape {tuple(x.shape)}; it must be (N, C, *spatial) with 1 to 3 spatial axes")
     if groups < 1 or x.shape[1] % groups:

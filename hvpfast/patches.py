@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -23,9 +24,21 @@ class Geometry(NamedTuple):
 def geometry(size: Sequence[int], kernel_size, stride=1, padding=0, dilation=1) -> Geometry:
     """The geometry of a convolution over images of spatial `size`, from arguments as `torch.nn.functional` takes them.
 
+    Remembered: a layer asks for the same one in every step.
+
     Raises:
         ValueError: wrong lengths, values below 1 (padding: below 0), padding="same" with a stride, or no position left.
     """
+    asked = (tuple(size), kernel_size, stride, padding, dilation)
+    if all(type(n) is int for n in asked[0]):  # no tracer's symbols
+        try:
+            return _remembered(*asked)
+        except TypeError:  # a list among them
+            pass
+    return _geometry(*asked)
+
+
+def _geometry(size: Sequence[int], kernel_size, stride, padding, dilation) -> Geometry:
     axes = len(size)
 
     def each(name: str, value, least: int) -> tuple[int, ...]:
@@ -39,11 +52,17 @@ def geometry(size: Sequence[int], kernel_size, stride=1, padding=0, dilation=1) 
             )
         return values
 
-    kernel, steps, spread = each("kernel_size", kernel_size, 1), each("stride", stride, 1), each("dilation", dilation, 1)
+    kernel, steps, spread = (
+        each("kernel_size", kernel_size, 1),
+        each("stride", stride, 1),
+        each("dilation", dilation, 1),
+    )
     reach = tuple(d * (k - 1) for k, d in zip(kernel, spread, strict=True))
     if isinstance(padding, str):
         if padding not in ("same", "valid"):
-            raise ValueError(f"convolution: padding is {padding!r}; it must be 'same', 'valid', an int or a tuple of ints")
+            raise ValueError(
+                f"convolution: padding is {padding!r}; it must be 'same', 'valid', an int or a tuple of ints"
+            )
         if padding == "same" and max(steps) > 1:
             raise ValueError(f"convolution: padding='same' needs stride 1, got {stride!r}; give the padding in pixels")
         sides = tuple((r // 2, r - r // 2) if padding == "same" else (0, 0) for r in reach)
@@ -56,6 +75,9 @@ def geometry(size: Sequence[int], kernel_size, stride=1, padding=0, dilation=1) 
             f"{sides}; pad more, or take a smaller kernel"
         )
     return Geometry(kernel, steps, sides, spread, tuple(r // s + 1 for r, s in zip(room, steps, strict=True)))
+
+
+_remembered = functools.lru_cache(1024)(_geometry)
 
 
 def patches(x: Tensor, shape: Geometry) -> Tensor:
