@@ -45,10 +45,6 @@ struct RowBody {
     static constexpr int64_t W = P::W;
     static constexpr int64_t kRun = 4096;  // values summed in T before they join the double
 
-    HVPFAST_INLINE bool aligned(const T* to, int64_t pitch) {
-        return reinterpret_cast<uintptr_t>(to) % 64 == 0 && pitch * int64_t(sizeof(T)) % 64 == 0;
-    }
-
     HVPFAST_INLINE void store_part(T* to, V v, int64_t n) {
         alignas(64) T held[W];
         P::store(held, v);
@@ -72,31 +68,44 @@ struct RowBody {
         }
     }
 
-    static void outer(const T* column, int64_t rows, const T* row, int64_t cols, T* to, int64_t pitch, bool stream) {
-        stream = stream && aligned(to, pitch) && cols % W == 0;
-        for (int64_t r = 0; r < rows; ++r, to += pitch) {
-            const V factor = P::broadcast(column + r);
-            int64_t c = 0;
-            if (stream) {
-                for (; c < cols; c += W) P::stream(to + c, P::mul(factor, P::load(row + c)));
-            } else {
-                for (; c + W <= cols; c += W) P::store(to + c, P::mul(factor, P::load(row + c)));
-                for (; c < cols; ++c) to[c] = column[r] * row[c];
-            }
+    // One row, from and to memory of its own: source(c) gives a vector, source.one(c) a value. Streamed rows need not
+    // begin or end on a line: what shares a line with a neighbour is written as usual.
+    template <class Source>
+    HVPFAST_INLINE void write(const Source& source, int64_t cols, T* to, bool stream) {
+        int64_t c = 0;
+        if (stream && cols >= 4 * W) {
+            constexpr int64_t line = 64 / int64_t(sizeof(T));
+            const int64_t past = int64_t(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % line;
+            for (const int64_t head = past == 0 ? 0 : line - past; c < head; ++c) to[c] = source.one(c);
+            for (; c + line <= cols; c += line)
+#pragma GCC unroll 4
+                for (int64_t j = 0; j < line; j += W) P::stream(to + c + j, source(c + j));
+        } else {
+            for (; c + W <= cols; c += W) P::store(to + c, source(c));
         }
+        for (; c < cols; ++c) to[c] = source.one(c);
+    }
+
+    struct Scaled {
+        const T* row;
+        V factor;
+        T scalar;
+        HVPFAST_INLINE_MEMBER V operator()(int64_t c) const { return P::mul(factor, P::load(row + c)); }
+        HVPFAST_INLINE_MEMBER T one(int64_t c) const { return scalar * row[c]; }
+    };
+
+    struct Unscaled {
+        const T* row;
+        HVPFAST_INLINE_MEMBER V operator()(int64_t c) const { return P::load(row + c); }
+        HVPFAST_INLINE_MEMBER T one(int64_t c) const { return row[c]; }
+    };
+
+    static void outer(const T* column, int64_t rows, const T* row, int64_t cols, T* to, int64_t pitch, bool stream) {
+        for (int64_t r = 0; r < rows; ++r, to += pitch) write(Scaled{row, P::broadcast(column + r), column[r]}, cols, to, stream);
     }
 
     static void copy(const T* from, int64_t from_pitch, int64_t rows, int64_t cols, T* to, int64_t pitch, bool stream) {
-        stream = stream && aligned(to, pitch) && cols % W == 0;
-        for (int64_t r = 0; r < rows; ++r, from += from_pitch, to += pitch) {
-            int64_t c = 0;
-            if (stream) {
-                for (; c < cols; c += W) P::stream(to + c, P::load(from + c));
-            } else {
-                for (; c + W <= cols; c += W) P::store(to + c, P::load(from + c));
-                for (; c < cols; ++c) to[c] = from[c];
-            }
-        }
+        for (int64_t r = 0; r < rows; ++r, from += from_pitch, to += pitch) write(Unscaled{from}, cols, to, stream);
     }
 
     static double exponentials(T* x, int64_t count) {

@@ -55,6 +55,10 @@ bool products_with(const Engine<T>& engine, const Rowwise<T>& rowwise, const Bat
     Carver carver;
     const int64_t left_at = carver.take(left.bytes()), right_at = carver.take(right.bytes());
     const int64_t block_at = carver.take(panel * panel * int64_t(sizeof(T)));
+    // Streamed rows leave as a whole, gathered in L2: pieces of a panel's width fill memory at half the rate.
+    const int64_t strip = panel * a.features * int64_t(sizeof(T));
+    const bool gather = stream && out.col_stride == 1 && strip <= l2_bytes() / 2;
+    const int64_t strip_at = carver.take(gather ? strip : 0);
     const int64_t each = carver.used;
     char* const base = workspace(each * threads + 2 * threads * 4);
     uint32_t* const seen = reinterpret_cast<uint32_t*>(base + each * threads);
@@ -62,6 +66,7 @@ bool products_with(const Engine<T>& engine, const Rowwise<T>& rowwise, const Bat
     parallel(threads, [&](int index, int count) {
         char *const l = base + index * each + left_at, *const r = base + index * each + right_at;
         T* const block = reinterpret_cast<T*>(base + index * each + block_at);
+        T* const rows = reinterpret_cast<T*>(base + index * each + strip_at);
         PackStats of_a, of_g;
         int64_t packed = -1;
         engine.begin();
@@ -71,19 +76,24 @@ bool products_with(const Engine<T>& engine, const Rowwise<T>& rowwise, const Bat
             left.pack(by_position(g, m), l, engine.one_form ? l : nullptr, &of_g);
             if (n != packed) right.pack(by_position(a, n), engine.one_form ? r : nullptr, r, &of_a);
             packed = n;
-            for (int64_t o = left.panels * split / splits; o < left.panels * (split + 1) / splits; ++o)
+            for (int64_t o = left.panels * split / splits; o < left.panels * (split + 1) / splits; ++o) {
+                T* const to = static_cast<T*>(out.data) + m * out.sample_stride + o * panel * out.row_stride;
                 for (int64_t i = 0; i < right.panels; ++i) {
                     for (int64_t slice = 0; slice < left.slices; ++slice)
                         engine.block(slice ? Mode::add : Mode::store, left.at(l, slice, o), right.at(r, slice, i), left.width(o),
                                      right.width(i), left.depth(slice), false, block, nullptr);
-                    T* const to = static_cast<T*>(out.data) + m * out.sample_stride + o * panel * out.row_stride + i * panel * out.col_stride;
-                    if (out.col_stride == 1) {
-                        rowwise.copy(block, panel, left.width(o), right.width(i), to, out.row_stride, stream);
+                    if (gather) {
+                        rowwise.copy(block, panel, left.width(o), right.width(i), rows + i * panel, a.features, false);
+                    } else if (out.col_stride == 1) {
+                        rowwise.copy(block, panel, left.width(o), right.width(i), to + i * panel, out.row_stride, stream);
                     } else {
                         for (int64_t row = 0; row < left.width(o); ++row)
-                            for (int64_t c = 0; c < right.width(i); ++c) to[row * out.row_stride + c * out.col_stride] = block[row * panel + c];
+                            for (int64_t c = 0; c < right.width(i); ++c)
+                                to[row * out.row_stride + (i * panel + c) * out.col_stride] = block[row * panel + c];
                     }
                 }
+                if (gather) rowwise.copy(rows, a.features, left.width(o), a.features, to, out.row_stride, true);
+            }
         }
         engine.end();
         if (stream) rowwise.flush();
@@ -114,7 +124,7 @@ void grads(const Engine<T>& vector, const Rowwise<T>& rowwise, const Batch& a, c
             const bool whole = a.dtype != Dtype::f32;  // 16-bit products are exact; float32 data are split only where asked for
             const bool automatic = precision == Precision::automatic;
             const Engine<float>* amx = engine_amx(precision, a.dtype);
-            const bool few = !whole && (t < 8 || o * i < 256);
+            const bool few = !whole && (t < 32 || o * i < 256);
             const bool pays = !automatic || (amx != nullptr && cost(*amx, !whole && precision == Precision::bf16x3) < exact);
             if (amx != nullptr && !few && pays && products_with(*amx, rowwise, a, g, out, stream, threads)) return;
         }

@@ -18,8 +18,10 @@
 
 #if defined(_MSC_VER)
 #define HVPFAST_INLINE static __forceinline
+#define HVPFAST_INLINE_MEMBER __forceinline
 #else
 #define HVPFAST_INLINE static inline __attribute__((always_inline))
+#define HVPFAST_INLINE_MEMBER inline __attribute__((always_inline))
 #endif
 
 namespace hvpfast {

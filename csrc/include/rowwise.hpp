@@ -10,7 +10,7 @@ struct Rowwise {
     int64_t width;  // values a vector; scratch rows are padded to a multiple of it
     // `count` values of any dtype, `stride` apart, as T.
     void (*widen)(const void* from, Dtype dtype, int64_t stride, int64_t count, T* to);
-    // to[r] = column[r] * row for `rows` rows, `pitch` apart. `stream`: past the caches, as far as alignment allows.
+    // to[r] = column[r] * row for `rows` rows, `pitch` apart. `stream`: past the caches.
     void (*outer)(const T* column, int64_t rows, const T* row, int64_t cols, T* to, int64_t pitch, bool stream);
     void (*copy)(const T* from, int64_t from_pitch, int64_t rows, int64_t cols, T* to, int64_t pitch, bool stream);
     void (*flush)();  // after a thread's last streamed write
