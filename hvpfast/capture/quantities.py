@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.capture.data import Data, batch_size, tensors_in
+from hvpfast.capture.errors import NonFiniteError
+from hvpfast.capture.problem import finite
 from hvpfast.capture.record import record, scale_of
 from hvpfast.capture.samples import Samples
 from hvpfast.capture.sites import Site
@@ -103,12 +105,26 @@ def per_sample_grads(
     for names, sites, scale in _chunks("per_sample_grads", model, loss, batch, params, reduction, chunk_size):
         for name, site in zip(names, sites, strict=True):
             grads = site.sample_grads()
+            _require_finite(grads, "per_sample_grads", name)
             parts.setdefault(name, []).append(grads if scale == 1 else grads * scale)
     return {name: some[0] if len(some) == 1 else torch.cat(some) for name, some in parts.items()}
 
 
-def _norms(sites: list[Site], scale: float) -> Tensor:
-    return sum(site.norms_squared() for site in sites).clamp_(min=0).sqrt_().mul_(scale)
+def _norms(who: str, names: tuple[str, ...], sites: list[Site], scale: float) -> Tensor:
+    squares = [site.norms_squared() for site in sites]
+    total = sum(squares)
+    if not finite(total):
+        for name, square in zip(names, squares, strict=True):
+            _require_finite(square, who, name)
+    return total.clamp_(min=0).sqrt_().mul_(scale)
+
+
+def _require_finite(x: Tensor, who: str, name: str) -> None:
+    if not finite(x):
+        raise NonFiniteError(
+            f"{who}: the per-sample gradients have NaN or inf, or squares that overflow, at parameter {name!r}; look at the "
+            f"data and the scale of the loss, or use a wider dtype"
+        )
 
 
 @_documented
@@ -129,7 +145,7 @@ def per_sample_grad_norms(
     Samples and errors as for `per_sample_grads`.
     """
     chunks = _chunks("per_sample_grad_norms", model, loss, batch, params, reduction, chunk_size)
-    return torch.cat([_norms(sites, scale) for _, sites, scale in chunks])
+    return torch.cat([_norms("per_sample_grad_norms", *chunk) for chunk in chunks])
 
 
 @_documented
@@ -147,8 +163,10 @@ def per_sample_gram(
 
     Samples and errors as for `per_sample_grads`.
     """
-    ((_, sites, scale),) = _chunks("per_sample_gram", model, loss, batch, params, reduction, None)
-    return sum(site.gram() for site in sites).mul_(scale**2)
+    ((names, sites, scale),) = _chunks("per_sample_gram", model, loss, batch, params, reduction, None)
+    total = sum(site.gram() for site in sites).mul_(scale**2)
+    _require_finite(total, "per_sample_gram", names[0])
+    return total
 
 
 @_documented
@@ -172,6 +190,7 @@ def grad_second_moment(
     for names, sites, scale in _chunks("grad_second_moment", model, loss, batch, params, reduction, chunk_size):
         for name, site in zip(names, sites, strict=True):
             moment = site.second_moment()
+            _require_finite(moment, "grad_second_moment", name)
             moment = moment if scale == 1 else moment * scale**2
             total[name] = total[name].add_(moment) if name in total else moment
     return total
@@ -206,7 +225,7 @@ def clipped_grad(
     total: dict[str, Tensor] = {}
     every: list[Tensor] = []
     for names, sites, scale in _chunks("clipped_grad", model, loss, batch, params, reduction, chunk_size):
-        norms = _norms(sites, scale)
+        norms = _norms("clipped_grad", names, sites, scale)
         weights = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp_(max=1).mul_(scale).unsqueeze(1)
         for name, site in zip(names, sites, strict=True):
             clipped = site.weighted(weights)[0]

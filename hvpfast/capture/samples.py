@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast.capture.data import Batch, call, tensors_in
-from hvpfast.capture.errors import NonFiniteError
-from hvpfast.capture.problem import Problem, finite
+from hvpfast.capture.problem import Problem
 from hvpfast.capture.sites import DenseSite, Site
 from hvpfast.capture.state import preserved
 from hvpfast.capture.tape import recording
@@ -47,10 +46,6 @@ class Samples:
             by_autograd = iter(self._by_autograd(one, losses, rest))
             self.sites: list[Site] = [next(by_rule if own else by_autograd) for own in covered]
             self.shares = problem.loss.shares(output.detach(), one.target)
-        for name, site in zip(self.names, self.sites, strict=True):
-            for x in site.tensors():
-                if x.dtype.is_floating_point and not finite(x):
-                    raise NonFiniteError(f"{who}: the per-sample gradients have NaN or inf at parameter {name!r}")
 
     def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:
         """Rows (N, p) of the parameters that no rule covers: gradients vmapped over samples where the model allows it,

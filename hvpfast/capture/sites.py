@@ -279,7 +279,8 @@ def _bias_rows(normal: Normal, grad: Tensor) -> Tensor:
     """(M, O), each group's outputs side by side."""
     if normal.bias is not None:
         return normal.bias(_wide(grad))
-    g = _wide(normal.grads(grad)).sum(2)  # (G, M, O)
+    g = _wide(normal.grads(grad))
+    g = g[:, :, 0] if g.shape[2] == 1 else g.sum(2)  # (G, M, O)
     return g.movedim(0, 1).reshape(g.shape[1], -1)
 
 

@@ -38,7 +38,6 @@ class Call:
     edge: GradientEdge
     normal: Normal
     doubtful: bool  # two axes have one extent, either may be the batch's
-    patches: bool  # a convolution wider than one pixel
     samples: int  # extent of the batch's axis
 
     def check(self) -> None:
@@ -65,7 +64,7 @@ class Tape:
         nodes, uses = graph_uses(output, leaves)
         n = output.shape[0]
         for one in projections(self._model.named_modules(), nodes, leaves, n) if self._model is not None else ():
-            call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, False, False, n)
+            call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, False, n)
             self.calls.append(call)
             if self._watch is not None:
                 self._watch(len(self.calls) - 1, one.node)
@@ -81,10 +80,6 @@ class Tape:
             if call.samples != n or (call.doubtful and n > 1 and not self._batch_first(call, output)):
                 doubtful.update(mine)
         return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]
-
-    def cheap(self) -> bool:
-        """Whether the captured `a` and `g` are no larger than the activations: not so for patches of a convolution."""
-        return not any(call.patches for call in self.calls)
 
     @staticmethod
     def _batch_first(call: Call, output: Tensor) -> bool:
@@ -131,9 +126,8 @@ def recording(model: nn.Module, params: Sequence[Tensor], watch: Watch | None = 
             weight, bias = (p if p is not None and id(p) in wanted else None for p in mine)
             square = output.dim() > 2 and x.dim() > 1 and x.shape[0] == x.shape[1]
             doubtful = square and not isinstance(module, _BATCH_FIRST)
-            wide = isinstance(module, nn.modules.conv._ConvNd) and any(size > 1 for size in module.kernel_size)
             edge = get_gradient_edge(output)
-            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, wide, x.shape[0]))
+            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, x.shape[0]))
             if watch is not None:
                 watch(len(tape.calls) - 1, output)
 
