@@ -15,72 +15,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hvpfast.arguments import accumulate_dtype, alike, floats, output, real
 from hvpfast.dispatch import op
 from hvpfast.patches import geometry, patches
 
 _CHUNK = 1 << 26  # elements of the largest temporary that a reference makes where it can choose: 256 MB in float32
 
 
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which an op sums and returns: float64 for float64, float32 for every narrower float."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float64 else x.float()
 
 
-def _floats(name: str, **tensors: Tensor) -> None:
-    """Raise unless all are floating tensors of one dtype on one device."""
-    first = None
-    for label, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: {label} is a {type(x).__name__}; it must be a torch.Tensor")
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"{name}: {label} is {x.dtype}; it must be a real floating dtype, so convert it first")
-        if first is None:
-            first = label, x.dtype, x.device
-        elif x.dtype != first[1]:
-            raise TypeError(
-                f"{name}: {first[0]} is {first[1]} but {label} is {x.dtype}; convert one to the other's dtype"
-            )
-        elif x.device != first[2]:
-            raise ValueError(f"{name}: {first[0]} is on {first[2]} but {label} is on {x.device}; move one of them")
-
-
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether both are floating tensors of one dtype on one device: the usual case, found out without a reason."""
-    return (
-        isinstance(x, Tensor)
-        and isinstance(y, Tensor)
-        and x.dtype is y.dtype
-        and x.is_floating_point()
-        and ((x.is_cpu and y.is_cpu) or x.device == y.device)
-    )
-
-
-def _output(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
-    """Raise unless `out` can take a result of this shape for inputs like `like`."""
-    if out is None:
-        return
-    if not isinstance(out, Tensor):
-        raise TypeError(f"{name}: out is a {type(out).__name__}; it must be a torch.Tensor")
-    if out.shape != shape:
-        raise ValueError(f"{name}: out has shape {tuple(out.shape)}; it must be {shape}")
-    if out.dtype is not accumulate_dtype(like.dtype):
-        raise TypeError(f"{name}: out is {out.dtype}; results for {like.dtype} are {accumulate_dtype(like.dtype)}")
-    if not (out.is_cpu and like.is_cpu) and out.device != like.device:
-        raise ValueError(f"{name}: out is on {out.device} but the inputs are on {like.device}")
-    if not out.is_contiguous() and any(
-        step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)
-    ):
-        raise ValueError(f"{name}: out is an expanded view, whose elements share memory; pass a tensor of its own")
-
-
 def _pair(name: str, a: Tensor, g: Tensor) -> None:
     """Raise unless a (N, T, I) and g (M, T, O) pair as g[m] with a[m % N]."""
-    if not _alike(a, g):
-        _floats(name, a=a, g=g)
+    if not alike(a, g):
+        floats(name, a=a, g=g)
     if a.dim() != 3 or g.dim() != 3:
         raise ValueError(
             f"{name}: a has shape {tuple(a.shape)} and g {tuple(g.shape)}; they must be (N, T, I) and (M, T, O): "
@@ -110,13 +59,13 @@ def _repeat(a: Tensor, g: Tensor) -> Tensor:
 
 
 def _check_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
-    if not _alike(x, x):
-        _floats("gram", x=x)
+    if not real(x):
+        floats("gram", x=x)
     if x.dim() == 0:
         raise ValueError("gram: x is a scalar; it must be (..., I), its last axis the features")
     if out is not None:
         width = x.shape[-1] + bool(ones_column)
-        _output("gram", out, (width, width), x)
+        output("gram", out, (width, width), x)
     elif beta != 0:
         raise ValueError(f"gram: beta is {beta} but there is no out to scale; pass out=, or leave beta at 0")
 
@@ -157,7 +106,7 @@ def gram(
 def _check_sample_grads(a, g, *, out=None):
     _pair("sample_grads", a, g)
     if out is not None:
-        _output("sample_grads", out, (g.shape[0], g.shape[2], a.shape[2]), a)
+        output("sample_grads", out, (g.shape[0], g.shape[2], a.shape[2]), a)
 
 
 @op(check=_check_sample_grads)
@@ -223,8 +172,8 @@ def _rows_of(a: Tensor, rows: tuple[int, int]) -> Tensor:
 
 def _check_sample_dots(a, g, w):
     _pair("sample_dots", a, g)
-    if not _alike(a, w):
-        _floats("sample_dots", a=a, w=w)
+    if not alike(a, w):
+        floats("sample_dots", a=a, w=w)
     if w.dim() not in (2, 3) or tuple(w.shape[-2:]) != (g.shape[2], a.shape[2]):
         raise ValueError(
             f"sample_dots: w has shape {tuple(w.shape)}; it must be (O, I) or (K, O, I) with (O, I) = "
@@ -257,8 +206,8 @@ def sample_dots(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
 
 def _check_weighted_grad(a, g, c):
     _pair("weighted_grad", a, g)
-    if not _alike(a, c):
-        _floats("weighted_grad", a=a, c=c)
+    if not alike(a, c):
+        floats("weighted_grad", a=a, c=c)
     if c.dim() not in (1, 2) or c.shape[0] != g.shape[0]:
         raise ValueError(
             f"weighted_grad: c has shape {tuple(c.shape)}; it must be (M,) or (M, K) with M = {g.shape[0]}"
@@ -288,7 +237,7 @@ def weighted_grad(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
 def _check_second_moment(a, g, *, out=None):
     _pair("second_moment", a, g)
     if out is not None:
-        _output("second_moment", out, (g.shape[2], a.shape[2]), a)
+        output("second_moment", out, (g.shape[2], a.shape[2]), a)
 
 
 @op(check=_check_second_moment, backends=("cpu",))
@@ -316,17 +265,17 @@ def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def _check_softmax_hvp(logits, v, *, weight=None):
-    if not _alike(logits, v):
-        _floats("softmax_hvp", logits=logits, v=v)
-    of, shape = logits.shape, v.shape
+    if not alike(logits, v):
+        floats("softmax_hvp", logits=logits, v=v)
+    of, shape = tuple(logits.shape), tuple(v.shape)
     if not of or (shape != of and shape[len(shape) - len(of) :] != of):
         raise ValueError(
             f"softmax_hvp: logits have shape {tuple(logits.shape)} and v {tuple(v.shape)}; they must be (..., C) and "
             f"(..., C), or (K, ..., C) for K vectors at once"
         )
     if weight is not None:
-        if not _alike(logits, weight):
-            _floats("softmax_hvp", logits=logits, weight=weight)
+        if type(weight) is not Tensor or weight.dtype is not logits.dtype or not (weight.is_cpu and logits.is_cpu):
+            floats("softmax_hvp", logits=logits, weight=weight)
         if (*weight.shape, of[-1]) != of:
             raise ValueError(
                 f"softmax_hvp: weight has shape {tuple(weight.shape)}; it must be {tuple(logits.shape[:-1])}, one a row"
@@ -355,18 +304,19 @@ def _check_conv_gram(
     x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
     out=None, alpha=1.0, beta=0.0,
 ):  # fmt: skip
-    if not _alike(x, x):
-        _floats("conv_gram", x=x)
-    if x.dim() not in (3, 4, 5):
+    if not real(x):
+        floats("conv_gram", x=x)
+    shape = tuple(x.shape)
+    if len(shape) not in (3, 4, 5):
         raise ValueError(f"conv_gram: x has shape {tuple(x.shape)}; it must be (N, C, *spatial) with 1 to 3 spatial axes")
-    if groups < 1 or x.shape[1] % groups:
+    if groups < 1 or shape[1] % groups:
         raise ValueError(f"conv_gram: x has {x.shape[1]} channels and groups is {groups}; groups must divide the channels")
     if kfac_approx not in ("expand", "reduce"):
         raise ValueError(f"conv_gram: kfac_approx is {kfac_approx!r}; it must be 'expand' or 'reduce'")
-    kernel = geometry(x.shape[2:], kernel_size, stride, padding, dilation).kernel
+    kernel = geometry(shape[2:], kernel_size, stride, padding, dilation).kernel
     if out is not None:
-        width = x.shape[1] // groups * math.prod(kernel) + bool(ones_column)
-        _output("conv_gram", out, (width, width) if groups == 1 else (groups, width, width), x)
+        width = shape[1] // groups * math.prod(kernel) + bool(ones_column)
+        output("conv_gram", out, (width, width) if groups == 1 else (groups, width, width), x)
     elif beta != 0:
         raise ValueError(f"conv_gram: beta is {beta} but there is no out to scale; pass out=, or leave beta at 0")
 

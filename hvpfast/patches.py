@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,10 +31,10 @@ def geometry(size: Sequence[int], kernel_size, stride=1, padding=0, dilation=1) 
         ValueError: wrong lengths, values below 1 (padding: below 0), padding="same" with a stride, or no position left.
     """
     asked = (tuple(size), kernel_size, stride, padding, dilation)
-    if all(type(n) is int for n in asked[0]):  # no tracer's symbols
+    if torch._C._get_tracing_state() is None:  # torch.jit.trace's sizes are tensors
         try:
             return _remembered(*asked)
-        except TypeError:  # a list among them
+        except TypeError:  # a list among them, or a symbol of torch.compile's
             pass
     return _geometry(*asked)
 
