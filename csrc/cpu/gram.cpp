@@ -13,9 +13,8 @@ namespace hvpfast {
 namespace {
 
 struct Blocking {
-    int64_t depth;   // rows that one product of panels sums
-    int64_t slices;  // depths packed at a time: a part of the triangle takes all of them while it is in L2
-    int64_t side;    // panels along that part's side
+    int64_t depth;   // rows packed at a time
+    int64_t side;    // panels along the side of a part of the triangle, which stays in L2 with its operands
     bool share;      // threads share the triangle instead of the rows
     int threads;
 };
@@ -35,7 +34,6 @@ Blocking choose_blocking(const Engine<T>& engine, int64_t rows, const Triangle& 
     const int64_t square = engine.panel * engine.panel * int64_t(sizeof(T)), panel = 2 * engine.panel_bytes(chosen.depth);
     chosen.side = 1;
     while ((chosen.side + 1) * ((chosen.side + 1) * square + panel) <= l2_bytes() * 7 / 10) ++chosen.side;
-    chosen.slices = engine.tier == Tier::amx && shape.panels > chosen.side ? least(4, blocks) : 1;
     return chosen;
 }
 
@@ -46,7 +44,7 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
     const Blocking plan = choose_blocking(engine, x.rows(), shape, threads);
     const bool amx = engine.tier == Tier::amx;
     const int64_t groups = plan.share ? 1 : plan.threads;
-    const int64_t form = shape.panels * plan.slices * engine.panel_bytes(plan.depth), forms = engine.one_form ? 1 : 2;
+    const int64_t form = shape.panels * engine.panel_bytes(plan.depth), forms = engine.one_form ? 1 : 2;
     const int64_t features = shape.panels * engine.panel;
 
     Carver carver;
@@ -78,53 +76,40 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
             const int64_t row_first = plan.share ? 0 : x.rows() * group / groups, row_last = plan.share ? x.rows() : x.rows() * (group + 1) / groups;
             T* const c = sums + group * shape.elements();
             int64_t parity = 0;
-            for (int64_t row = row_first; row < row_last; row += plan.depth * plan.slices, parity ^= 1) {
-                const int64_t rows = least(plan.depth * plan.slices, row_last - row);
-                const Mode first = row == row_first ? Mode::store : Mode::add;
-                if (row + rows <= direct_rows) {
-                    engine.direct(first, static_cast<const T*>(x.data) + row * x.inner_stride, x.inner_stride, rows, out.rows, c);
+            for (int64_t row = row_first; row < row_last; row += plan.depth, parity ^= 1) {
+                const int64_t k = least(plan.depth, row_last - row), bytes = engine.panel_bytes(k);
+                const Mode mode = row == row_first ? Mode::store : Mode::add;
+                if (row + k <= direct_rows) {
+                    engine.direct(mode, static_cast<const T*>(x.data) + row * x.inner_stride, x.inner_stride, k, out.rows, c);
                     continue;
                 }
                 char* const a = packed + (plan.share ? parity : group) * form * forms;
                 char* const b = engine.one_form ? a : a + form;
-                const auto slice_at = [&](int64_t slice) { return slice * shape.panels * engine.panel_bytes(plan.depth); };
-                const auto depth_of = [&](int64_t slice) { return least(plan.depth, rows - slice * plan.depth); };
-                const int64_t slices = ceil_div(rows, plan.depth);
                 const int64_t panel_first = plan.share ? shape.panels * index / count : 0;
                 const int64_t panel_last = plan.share ? shape.panels * (index + 1) / count : shape.panels;
-                for (int64_t slice = 0; slice < slices; ++slice) {
-                    // AMX packs a group of rows at a time, across the features: long runs of x are read in order.
-                    const int64_t k = depth_of(slice), step = amx ? engine.k_align : k;
-                    for (int64_t k0 = 0; k0 < k; k0 += step)
-                        for (int64_t p = panel_first; p < panel_last; ++p) {
-                            const int64_t at = slice_at(slice) + p * engine.panel_bytes(k) + (k0 == 0 ? 0 : engine.panel_bytes(k0));
-                            if (amx) stats.low_squares = low + group * features + p * engine.panel;
-                            engine.pack(x, row + slice * plan.depth + k0, least(step, k - k0), p, ones, a + at, b + at, &stats);
-                        }
-                }
+                // AMX packs a group of rows at a time, across the features: long runs of x are read in order.
+                const int64_t step = amx ? engine.k_align : k;
+                for (int64_t k0 = 0; k0 < k; k0 += step)
+                    for (int64_t p = panel_first; p < panel_last; ++p) {
+                        const int64_t at = p * bytes + (k0 == 0 ? 0 : engine.panel_bytes(k0));
+                        if (amx) stats.low_squares = low + group * features + p * engine.panel;
+                        engine.pack(x, row + k0, least(step, k - k0), p, ones, a + at, b + at, &stats);
+                    }
                 if (plan.share) barrier(count);
-                int64_t before = 0;  // squares of the parts passed so far; a thread owns squares [mine_first, mine_last)
+                int64_t square = 0;  // a thread owns squares [mine_first, mine_last), counted in this order
                 for (int64_t i0 = 0; i0 < shape.panels; i0 += plan.side)
-                    for (int64_t j0 = i0; j0 < shape.panels; j0 += plan.side) {
-                        int64_t square = before;
-                        for (int64_t slice = 0; slice < slices; ++slice) {
-                            const int64_t k = depth_of(slice), bytes = engine.panel_bytes(k);
-                            const char *const left = a + slice_at(slice), *const right = b + slice_at(slice);
-                            square = before;
-                            for (int64_t j = j0; j < least(shape.panels, j0 + plan.side); ++j) {
-                                const int64_t nj = least(engine.panel, out.cols - j * engine.panel);
-                                const int64_t i_last = least(i0 + plan.side, j + 1);
-                                for (int64_t i = i0; i < i_last; ++i, ++square) {
-                                    if (square < mine_first || square >= mine_last) continue;
-                                    const int64_t ni = least(engine.panel, out.rows - i * engine.panel);
-                                    T* const at = c + shape.at(i, j);
-                                    engine.block(slice ? Mode::add : first, left + i * bytes, right + j * bytes, ni, nj, k, i == j, at,
-                                                 i + 1 < i_last ? at + engine.panel * engine.panel : nullptr);
-                                }
+                    for (int64_t j0 = i0; j0 < shape.panels; j0 += plan.side)
+                        for (int64_t j = j0; j < least(shape.panels, j0 + plan.side); ++j) {
+                            const int64_t nj = least(engine.panel, out.cols - j * engine.panel);
+                            const int64_t i_last = least(i0 + plan.side, j + 1);
+                            for (int64_t i = i0; i < i_last; ++i, ++square) {
+                                if (square < mine_first || square >= mine_last) continue;
+                                const int64_t ni = least(engine.panel, out.rows - i * engine.panel);
+                                T* const at = c + shape.at(i, j);
+                                engine.block(mode, a + i * bytes, b + j * bytes, ni, nj, k, i == j, at,
+                                             i + 1 < i_last ? at + engine.panel * engine.panel : nullptr);
                             }
                         }
-                        before = square;
-                    }
             }
         }
         engine.end();
