@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-
 from hvpfast.kernels import native
 
 TIERS = ("portable", "avx2", "avx512", "amx")

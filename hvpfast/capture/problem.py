@@ -38,6 +38,7 @@ class Problem:
     def __init__(self, model: nn.Module, loss: object, data: object, params: object, who: str, per_sample: bool):
         if not isinstance(model, nn.Module):
             raise TypeError(f"{who}: model is a {type(model).__name__}; it must be a torch.nn.Module")
+        model = uncompiled(model)
         self.model, self.who, self.per_sample = model, who, per_sample
         self.loss: Loss = as_loss(loss, who)
         self.data = Data(data, who)
@@ -171,6 +172,11 @@ class Problem:
         if self.loss.reduction == "sum":
             return 1.0
         return sum(weights) if weights else 1.0
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module behind `torch.compile(module)`: compiled graphs have no second derivatives and call no hooks."""
+    return getattr(model, "_orig_mod", model)
 
 
 def finite(x: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch.autograd.graph import Node
 
 from hvpfast.capture.data import tensors_in
 from hvpfast.capture.errors import StateError
-from hvpfast.capture.problem import chosen_parameters
+from hvpfast.capture.problem import chosen_parameters, uncompiled
 from hvpfast.capture.sites import Site
 from hvpfast.capture.state import refuse_batch_statistics
 from hvpfast.capture.tape import recording
@@ -32,6 +32,10 @@ class record:
     """
 
     def __init__(self, model: nn.Module, *, params: object = None):
+        if uncompiled(model) is not model:
+            raise TypeError(
+                "record: the model is compiled, and compiled graphs call no hooks; run and record the module itself"
+            )
         self._model = model
         self._params = chosen_parameters(model, params, "record")
         self.names = tuple(self._params)

@@ -14,7 +14,6 @@ from hvpfast.capture.tape import Tape, recording
 from hvpfast.operators.curvature import Curvature
 from hvpfast.operators.linearize import Derivative, Jacobian, go_together, saved_bytes
 
-
 _MOST_ROOTS = 32  # classes up to which the exact block-diagonal GGN is made of captured rows
 
 

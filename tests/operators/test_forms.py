@@ -163,3 +163,15 @@ def test_dtypes():
 
 def test_empty_selection_of_columns(hessian):
     assert (hessian @ torch.zeros(hessian.shape[0], 0, dtype=torch.float64)).shape == (hessian.shape[0], 0)
+
+
+def test_a_compiled_model_is_taken_as_the_module_behind_it():
+    """Compiled graphs have no second derivative; the module has, and the same parameters."""
+    case = make("mlp")
+    data = (case.inputs, classes_of(6, 3))
+    plain = hf.Hessian(case.model, nn.CrossEntropyLoss(), data)
+    compiled = hf.Hessian(torch.compile(case.model, backend="eager"), nn.CrossEntropyLoss(), data)
+    assert compiled.space.names == plain.space.names
+    assert torch.equal(compiled.to_dense(), plain.to_dense())
+    with pytest.raises(TypeError, match="the model is compiled"):
+        hf.record(torch.compile(case.model, backend="eager"))
