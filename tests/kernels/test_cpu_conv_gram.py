@@ -70,7 +70,9 @@ def test_the_reference_follows_the_layer_itself():
         layer = torch.nn.Conv2d(4, 6, (4, 3), bias=True, dtype=torch.float64, **options)
         grads = torch.autograd.grad(layer(x).square().sum() / 2, layer.weight)[0]
         groups = options.get("groups", 1)
-        factor = ops.conv_gram.reference(x, (4, 3), ones_column=True, **options).reshape(groups, -1, 4 // groups * 12 + 1)
+        factor = ops.conv_gram.reference(x, (4, 3), ones_column=True, **options).reshape(
+            groups, -1, 4 // groups * 12 + 1
+        )
         weight = torch.cat([layer.weight.flatten(1), layer.bias[:, None]], 1).reshape(groups, 6 // groups, -1)
         torch.testing.assert_close((weight @ factor)[..., :-1].reshape(grads.shape), grads)
 
@@ -121,7 +123,13 @@ def test_any_geometry_to_1e_12(data):
         return
     groups = data.draw(st.integers(1, 2))
     x = draw((data.draw(st.integers(1, 4)), groups * data.draw(st.integers(1, 6)), *size), torch.float64)
-    options = dict(stride=stride, padding=padding, dilation=dilation, groups=groups, ones_column=data.draw(st.booleans()))
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": dilation,
+        "groups": groups,
+        "ones_column": data.draw(st.booleans()),
+    }
     options["kfac_approx"] = data.draw(st.sampled_from(("expand", "expand", "reduce")))
     want = ops.conv_gram.reference(x, kernel, **options)
     got = ops.conv_gram.on("cpu")(x, kernel, **options)

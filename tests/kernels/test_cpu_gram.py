@@ -62,7 +62,14 @@ def test_many_features_share_the_triangle(tier):
 def test_leading_axes_of_every_stride(tier):
     with tiers.forced(tier):
         image = draw((3, 4, 5, 6), torch.float32)
-        for x in (image, image.permute(0, 2, 3, 1), image[:, ::2], image.permute(3, 1, 2, 0), image[0, 0, 0], image[:, :1]):
+        for x in (
+            image,
+            image.permute(0, 2, 3, 1),
+            image[:, ::2],
+            image.permute(3, 1, 2, 0),
+            image[0, 0, 0],
+            image[:, :1],
+        ):
             check(x, "ieee")
         check(image[:0], "ieee", ones_column=True, beta=0.5)
         check(image[..., :0], "ieee", ones_column=True)
