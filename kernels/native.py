@@ -31,7 +31,11 @@ def _openmp_reason() -> str | None:
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
-    files = {line.split(maxsplit=5)[5].strip() for line in maps.read_text().splitlines() if line.count(" ") > 4 and "/" in line}
+    files = {
+        line.split(maxsplit=5)[5].strip()
+        for line in maps.read_text().splitlines()
+        if line.count(" ") > 4 and "/" in line
+    }
     found = sorted(name for name in files if any(part in Path(name).name for part in ("libgomp", "libiomp", "libomp")))
     return None if len(found) < 2 else f"{len(found)} OpenMP libraries are loaded: {', '.join(found)}"
 
@@ -59,7 +63,9 @@ _CPU_PRECISIONS = {"auto": 0, "ieee": 1, "bf16x3": 2, "bf16": 3}
 
 
 _CPU_PORTABLE = "this CPU offers only the portable tier, which is slower than torch's own kernels"
-_CPU_PLAIN_PRODUCT = "in full precision this is a plain matrix product, in which torch is as fast (0.85-0.98x, 2026-11-21)"
+_CPU_PLAIN_PRODUCT = (
+    "in full precision this is a plain matrix product, in which torch is as fast (0.85-0.98x, 2026-11-21)"
+)
 _cpu_tier: list[str] = []  # the tier when it was first asked for; a test that forces one asks for the backend by name
 
 
@@ -156,7 +162,6 @@ def cpu_sample_norms_squared_worthwhile(a, g, *, precision="auto") -> str | None
     return None
 
 
-
 def cpu_second_moment(a, g, *, out=None, precision="auto"):
     if out is None:
         shape = (g.shape[2], a.shape[2])
@@ -180,7 +185,6 @@ def cpu_second_moment_worthwhile(a, g, *, out=None, precision="auto") -> str | N
     return None
 
 
-
 def cpu_sample_grads(a, g, *, out=None, precision="auto"):
     if out is None:
         shape = (g.shape[0], g.shape[2], a.shape[2])
@@ -200,6 +204,33 @@ def cpu_sample_grads_supports(a, g, *, out=None, precision="auto") -> str | None
     ):  # fmt: skip
         return "out shares memory with a or g"
     return None
+
+
+def cpu_rotated_second_moment(a, g, qa, qg, *, out=None, precision="auto"):
+    wide = torch.float64 if a.dtype is torch.float64 else torch.float32
+    return cpu_second_moment(a.to(wide) @ qa.to(wide), g.to(wide) @ qg.to(wide), out=out, precision=precision)
+
+
+def cpu_rotated_second_moment_supports(a, g, qa, qg, *, out=None, precision="auto") -> str | None:
+    return cpu_second_moment_supports(a, g, out=out, precision=precision)
+
+
+def cpu_rotated_second_moment_worthwhile(a, g, qa, qg, *, out=None, precision="auto") -> str | None:
+    return cpu_second_moment_worthwhile(a, g, out=out, precision=precision)
+
+
+def cpu_sample_gram(a, g, a2=None, g2=None, *, precision="auto"):
+    products, columns = cpu_gram(g[:, 0].T, precision=precision), g.shape[0] // a.shape[0] if a.shape[0] else 1
+    of_inputs = cpu_gram(a[:, 0].T, precision=precision)
+    return products.mul_(of_inputs if columns == 1 else of_inputs.repeat(columns, columns))
+
+
+def cpu_sample_gram_supports(a, g, a2=None, g2=None, *, precision="auto") -> str | None:
+    if a.dtype not in _CPU_DTYPES:
+        return _cpu_dtype_reason("a", a)
+    if a2 is not None:
+        return "a2 and g2 are given; the kernel multiplies a set of samples with itself"
+    return None if a.shape[1] == 1 else "the kernel takes one position (T = 1)"
 
 
 def cpu_softmax_hvp(logits, v, *, weight=None, precision="auto"):
@@ -266,7 +297,9 @@ def cpu_conv_gram(
             cpu_gram(means[:, group], out=blocks[group], **scaling)
         return out
     if offsets == 1 and all(axis[5] == 0 for axis in axes):  # patches are pixels: every `stride`-th, features apart
-        pixels = x[(slice(None), slice(None), *(slice(None, None, axis[3]) for axis in axes[5 - x.dim() :]))].movedim(1, -1)
+        pixels = x[(slice(None), slice(None), *(slice(None, None, axis[3]) for axis in axes[5 - x.dim() :]))].movedim(
+            1, -1
+        )
         for group in range(groups):
             part = pixels[..., group * channels : (group + 1) * channels]
             cpu_gram(part, out=blocks[group], alpha=alpha, beta=beta, ones_column=ones_column, precision=precision)
@@ -328,9 +361,6 @@ def cpu_conv_gram_worthwhile(
     if rows < 64 or (offsets == 1 and max(axis[3] for axis in axes) > 1):
         return "too few patches, or pixels that lie apart: copying them out is as fast"
     return None
-
-
-
 
 
 # CUDA C++ kernels -----------------------------------------------------------------------------------------------------
