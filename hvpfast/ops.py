@@ -109,7 +109,7 @@ def _check_sample_grads(a, g, *, out=None):
         output("sample_grads", out, (g.shape[0], g.shape[2], a.shape[2]), a)
 
 
-@op(check=_check_sample_grads)
+@op(check=_check_sample_grads, backends=("cpu",))
 def sample_grads(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Per-sample gradients of a linear map's weight: row m is `g_m' a_m`, summed over the T positions.
 
@@ -261,6 +261,169 @@ def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
     return total if out is None else out.copy_(total)
 
 
+def _square(name: str, label: str, q: Tensor, size: int, like: Tensor) -> None:
+    """Raise unless q is (size, size), in the dtype of `like` or the one in which that sums."""
+    if not alike(like, q) and not (isinstance(q, Tensor) and q.dtype is accumulate_dtype(like.dtype)):
+        floats(name, a=like, **{label: q})
+    if tuple(q.shape) != (size, size):
+        raise ValueError(f"{name}: {label} has shape {tuple(q.shape)}; it must be {(size, size)}")
+
+
+def _check_rotated_second_moment(a, g, qa, qg, *, out=None):
+    _pair("rotated_second_moment", a, g)
+    _square("rotated_second_moment", "qa", qa, a.shape[2], a)
+    _square("rotated_second_moment", "qg", qg, g.shape[2], a)
+    if out is not None:
+        output("rotated_second_moment", out, (g.shape[2], a.shape[2]), a)
+
+
+@op(check=_check_rotated_second_moment, backends=("cpu",))
+def rotated_second_moment(a: Tensor, g: Tensor, qa: Tensor, qg: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Second moment of the per-sample gradients in rotated coordinates, `sum_m (qg' g_m' a_m qa)^2`, elementwise.
+
+    With the eigenvectors of the Kronecker factors these are EKFAC's eigenvalues (George et al. 2018, arXiv:1806.03884).
+
+    Args:
+        a: (N, T, I). g: (M, T, O); row m pairs with a[m % N]. qa: (I, I), qg: (O, O), their columns the new axes; in
+            the dtype of `a` or the result's. out: (O, I) in the result's dtype; overwritten.
+
+    Returns:
+        (O, I), float32 or float64: a sum, not a mean. Raises TypeError or ValueError where shapes or dtypes do not fit.
+    """
+    return second_moment.reference(_wide(a) @ _wide(qa), _wide(g) @ _wide(qg), out=out)
+
+
+def _check_sample_gram(a, g, a2=None, g2=None):
+    _pair("sample_gram", a, g)
+    if (a2 is None) != (g2 is None):
+        raise ValueError("sample_gram: only one of a2 and g2 is given; give both, or neither for the samples of a and g")
+    if a2 is not None:
+        _pair("sample_gram", a2, g2)
+        if not alike(a, a2):
+            floats("sample_gram", a=a, a2=a2)
+        if a2.shape[2] != a.shape[2] or g2.shape[2] != g.shape[2]:
+            raise ValueError(
+                f"sample_gram: a and g have {a.shape[2]} and {g.shape[2]} features but a2 and g2 {a2.shape[2]} and "
+                f"{g2.shape[2]}; both pairs must belong to one layer"
+            )
+
+
+@op(check=_check_sample_gram, backends=("cpu",))
+def sample_gram(a: Tensor, g: Tensor, a2: Tensor | None = None, g2: Tensor | None = None) -> Tensor:
+    """Inner products of per-sample gradients, `<g_m' a_m, g2_l' a2_l>`: a layer's part of the tangent kernel.
+
+    For few positions `sum_tt' (a_t . a2_t')(g_t . g2_t')`, without an (M, O, I) array; else the gradients are formed, a
+    range of output features at a time.
+
+    Args:
+        a: (N, T, I). g: (M, T, O); row m pairs with a[m % N]. a2: (N2, T2, I). g2: (M2, T2, O); without them a and g.
+
+    Returns:
+        (M, M2), float32 or float64. Raises TypeError or ValueError where shapes, dtypes or devices do not fit.
+    """
+    a, g = _wide(a), _wide(g)
+    a2, g2 = (a, g) if a2 is None else (_wide(a2), _wide(g2))
+    (m, t, o), (m2, t2, _), i = g.shape, g2.shape, a.shape[2]
+    if t == t2 == 1:
+        return (g[:, 0] @ g2[:, 0].T) * (a[:, 0] @ a2[:, 0].T).repeat(_columns(a, g), _columns(a2, g2))
+    if t * t2 * (i + o) < i * o:
+        inputs, slopes = _repeat(a2, g2).flatten(0, 1).T, g2.flatten(0, 1).T
+        blocks = []
+        for rows in _row_chunks(m, t * t2 * m2):
+            products = (_rows_of(a, rows).flatten(0, 1) @ inputs) * (g[rows[0] : rows[1]].flatten(0, 1) @ slopes)
+            blocks.append(products.reshape(rows[1] - rows[0], t, m2, t2).sum((1, 3)))
+        return torch.cat(blocks) if blocks else g.new_zeros(0, m2)
+    total = g.new_zeros(m, m2)
+    for start, stop in _row_chunks(o, max(m, m2) * i):
+        left = sample_grads.reference(a, g[:, :, start:stop]).flatten(1)
+        right = left if g2 is g else sample_grads.reference(a2, g2[:, :, start:stop]).flatten(1)
+        total = total + left @ right.T
+    return total
+
+
+# Kronecker products ---------------------------------------------------------------------------------------------------
+
+
+def _each_layer(name: str, **given) -> list[dict]:
+    """The arguments layer by layer; raises unless all are tensors, or all lists of one length."""
+    counts = {label: len(x) for label, x in given.items() if isinstance(x, (list, tuple))}
+    if not counts:
+        return [given]
+    if len(counts) < len(given) or len(set(counts.values())) > 1:
+        got = ", ".join(f"{label} {counts.get(label, 'one tensor')}" for label in given)
+        raise ValueError(f"{name}: got {got}; give one tensor each, or lists with one entry a layer each")
+    if not counts["v"]:
+        raise ValueError(f"{name}: the lists are empty; give at least one layer")
+    return [dict(zip(given, layer, strict=True)) for layer in zip(*given.values(), strict=True)]
+
+
+def _check_kron(name: str, v: Tensor, left: tuple[str, Tensor], right: tuple[str, Tensor]) -> None:
+    floats(name, v=v, **dict((left, right)))
+    if v.dim() not in (2, 3):
+        raise ValueError(f"{name}: v has shape {tuple(v.shape)}; it must be (O, I) or (K, O, I)")
+    for (label, factor), size in ((left, v.shape[-2]), (right, v.shape[-1])):
+        if tuple(factor.shape) != (size, size):
+            raise ValueError(f"{name}: {label} has shape {tuple(factor.shape)} for v {tuple(v.shape)}; it must be {(size, size)}")
+
+
+def _check_kron_apply(left, v, right):
+    for layer in _each_layer("kron_apply", left=left, v=v, right=right):
+        _check_kron("kron_apply", layer["v"], ("left", layer["left"]), ("right", layer["right"]))
+
+
+@op(check=_check_kron_apply)
+def kron_apply(
+    left: Tensor | Sequence[Tensor], v: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
+) -> Tensor | list[Tensor]:
+    """`left v right`: the product of `left (x) right'` with a weight-shaped v; for all layers of a model in one call.
+
+    Args:
+        left: (O, O). v: (O, I), or (K, O, I) for K at once. right: (I, I). Or lists of these, one entry a layer.
+
+    Returns:
+        shaped like v, float32 or float64; a list for lists. Raises TypeError or ValueError where they do not fit.
+    """
+    if isinstance(v, Tensor):
+        return _wide(left) @ _wide(v) @ _wide(right)
+    return [_wide(one) @ _wide(x) @ _wide(other) for one, x, other in zip(left, v, right, strict=True)]
+
+
+def _check_kron_solve(v, qg, qa, eigenvalues, damping):
+    for layer in _each_layer("kron_solve", v=v, qg=qg, qa=qa, eigenvalues=eigenvalues):
+        x, values = layer["v"], layer["eigenvalues"]
+        _check_kron("kron_solve", x, ("qg", layer["qg"]), ("qa", layer["qa"]))
+        floats("kron_solve", v=x, eigenvalues=values)
+        if values.shape != x.shape[-2:]:
+            raise ValueError(f"kron_solve: eigenvalues has shape {tuple(values.shape)}; it must be {tuple(x.shape[-2:])}")
+    if isinstance(damping, (list, tuple)) and (isinstance(v, Tensor) or len(damping) != len(v)):
+        raise ValueError(f"kron_solve: damping has {len(damping)} entries; give one number, or one a layer")
+
+
+@op(check=_check_kron_solve)
+def kron_solve(
+    v: Tensor | Sequence[Tensor],
+    qg: Tensor | Sequence[Tensor],
+    qa: Tensor | Sequence[Tensor],
+    eigenvalues: Tensor | Sequence[Tensor],
+    damping: float | Sequence[float],
+) -> Tensor | list[Tensor]:
+    """`qg ((qg' v qa) / (eigenvalues + damping)) qa'`: solves with a damped (E)K-FAC block in its eigenbasis.
+
+    Args:
+        v: (O, I), or (K, O, I) for K at once. qg: (O, O), qa: (I, I), eigenvectors in columns. eigenvalues: (O, I): for
+            K-FAC the products of the factors' eigenvalues. damping: added to each. Or lists, one entry a layer.
+
+    Returns:
+        shaped like v, float32 or float64; a list for lists. Raises TypeError or ValueError where they do not fit.
+    """
+    if not isinstance(v, Tensor):
+        shares = damping if isinstance(damping, (list, tuple)) else [damping] * len(v)
+        layers = zip(v, qg, qa, eigenvalues, shares, strict=True)
+        return [kron_solve.reference(*layer) for layer in layers]
+    qg, qa = _wide(qg), _wide(qa)
+    return qg @ ((qg.mT @ _wide(v) @ qa) / (_wide(eigenvalues) + damping)) @ qa.mT
+
+
 # the loss ------------------------------------------------------------------------------------------------------------
 
 
@@ -282,7 +445,7 @@ def _check_softmax_hvp(logits, v, *, weight=None):
             )
 
 
-@op(check=_check_softmax_hvp)
+@op(check=_check_softmax_hvp, backends=("cpu",))
 def softmax_hvp(logits: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """Product of softmax cross-entropy's Hessian in the logits with a vector: `weight (diag(p) - p p') v`, row by row.
 

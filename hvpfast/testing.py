@@ -134,6 +134,10 @@ def make_inputs(
         "weighted_grad": lambda: ((*pair(), draw(k * n, 2)), {}),
         "second_moment": lambda: (pair(), {}),
         "conv_gram": lambda: ((draw(n, i, t + 2, 5), 3), {"padding": 1}),
+        "rotated_second_moment": lambda: ((*pair(), draw(i, i), draw(o, o)), {}),
+        "sample_gram": lambda: (pair(), {}),
+        "kron_apply": lambda: ((draw(o, o), draw(k, o, i), draw(i, i)), {}),
+        "kron_solve": lambda: ((draw(k, o, i), draw(o, o), draw(i, i), draw(o, i).square(), 0.5), {}),
         "softmax_hvp": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t)}),
     }
     if name not in recipes:

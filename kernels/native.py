@@ -208,6 +208,8 @@ def cpu_sample_grads_supports(a, g, *, out=None, precision="auto") -> str | None
 
 def cpu_rotated_second_moment(a, g, qa, qg, *, out=None, precision="auto"):
     wide = torch.float64 if a.dtype is torch.float64 else torch.float32
+    if a.dtype is not torch.float32:  # what 16-bit data become when rotated is not split
+        precision = "ieee"
     return cpu_second_moment(a.to(wide) @ qa.to(wide), g.to(wide) @ qg.to(wide), out=out, precision=precision)
 
 
@@ -216,6 +218,8 @@ def cpu_rotated_second_moment_supports(a, g, qa, qg, *, out=None, precision="aut
 
 
 def cpu_rotated_second_moment_worthwhile(a, g, qa, qg, *, out=None, precision="auto") -> str | None:
+    if a.dtype is torch.bfloat16 and (a.shape[1] == 1 or a.shape[1] >= 256):
+        return _CPU_PLAIN_PRODUCT
     return cpu_second_moment_worthwhile(a, g, out=out, precision=precision)
 
 
@@ -231,6 +235,39 @@ def cpu_sample_gram_supports(a, g, a2=None, g2=None, *, precision="auto") -> str
     if a2 is not None:
         return "a2 and g2 are given; the kernel multiplies a set of samples with itself"
     return None if a.shape[1] == 1 else "the kernel takes one position (T = 1)"
+
+
+def cpu_sample_gram_worthwhile(a, g, a2=None, g2=None, *, precision="auto") -> str | None:
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
+    if a.shape[2] + g.shape[2] < 512:  # 0.8x at 64 + 10 features, 1.15x at 256 + 256, 1.6x above (2026-11-21)
+        return "few features: torch's two products are as fast"
+    return None
+
+
+def cpu_sample_grads_worthwhile(a, g, *, out=None, precision="auto") -> str | None:
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
+    # Measured on a 2-core AVX-512 + AMX machine, 2026-11-21.
+    t, size = a.shape[1], g.shape[0] * g.shape[2] * a.shape[2]
+    large = size * (8 if a.dtype is torch.float64 else 4) > 8 << 20
+    if out is None and large:
+        return "there is no out: the first writing of fresh memory costs more than anything else"
+    if t == 1:
+        return None if size >= 1 << 17 else "a small result: torch's call costs as little"
+    if a.dtype is torch.bfloat16 and _cpu_uses_amx(a, precision):
+        return None
+    if t > 64 or not large:
+        return _CPU_PLAIN_PRODUCT
+    return None
+
+
+def cpu_softmax_hvp_worthwhile(logits, v, *, weight=None, precision="auto") -> str | None:
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
+    if logits.dim() and logits.shape[-1] < 128 and v.numel() < 8 * logits.numel():
+        return "few classes and vectors: a row is less than it costs to begin one (0.5x at 10 classes, 2026-11-21)"
+    return None
 
 
 def cpu_softmax_hvp(logits, v, *, weight=None, precision="auto"):

@@ -166,6 +166,27 @@ def _second_moment(a, g, *, out=None):
     return sum((grad**2 for grad in _own_gradients(a, g)), torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype))
 
 
+def _rotated_second_moment(a, g, qa, qg, *, out=None):
+    total = torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype)
+    return sum(((qg.T @ grad @ qa) ** 2 for grad in _own_gradients(a, g)), total)
+
+
+def _sample_gram(a, g, a2=None, g2=None):
+    left = _own_gradients(a, g)
+    right = left if a2 is None else _own_gradients(a2, g2)
+    return _stack([_stack([(x * y).sum() for y in right]) for x in left], len(right))
+
+
+def _kron_apply(left, v, right):
+    return torch.stack([(torch.kron(left, right.T.contiguous()) @ one.flatten()).reshape(one.shape) for one in v])
+
+
+def _kron_solve(v, qg, qa, eigenvalues, damping):
+    basis = torch.kron(qg, qa)
+    matrix = basis @ torch.diag(1 / (eigenvalues.flatten() + damping)) @ basis.T
+    return torch.stack([(matrix @ one.flatten()).reshape(one.shape) for one in v])
+
+
 def _softmax_hvp(logits, v, *, weight=None):
     classes = logits.shape[-1]
     product = torch.zeros_like(v)
@@ -189,5 +210,9 @@ TRUTHS = {
     "sample_dots": _sample_dots,
     "weighted_grad": _weighted_grad,
     "second_moment": _second_moment,
+    "rotated_second_moment": _rotated_second_moment,
+    "sample_gram": _sample_gram,
+    "kron_apply": _kron_apply,
+    "kron_solve": _kron_solve,
     "softmax_hvp": _softmax_hvp,
 }

@@ -202,7 +202,7 @@ def test_non_finite_input_shows(name, backend, value):
     op = running(name, backend)
     for t in (1, 3):
         args, kwargs = make_inputs(name, n=3, t=t, i=19, o=4, device=device_of(backend))
-        args[0][1, 0, 2] = value
+        args[0][(1, 0, 2) if args[0].shape[0] > 1 and args[0].dim() == 3 else (..., 1, 2)] = value
         if "padding" in kwargs:
             kwargs["padding"] = 0  # a kernel may leave products with the padding's zeros out; the reference has 0 * NaN
         if (reason := dispatch.OPS[name].why_not(backend, *args, **kwargs)) is not None:
@@ -216,8 +216,12 @@ def test_non_finite_input_shows(name, backend, value):
 # bad input ------------------------------------------------------------------------------------------------------------
 
 A, G = torch.zeros(4, 2, 5), torch.zeros(8, 2, 3)
-PAIRED = ("sample_grads", "sample_norms_squared", "sample_dots", "weighted_grad", "second_moment")
-THIRD = {"sample_dots": (torch.zeros(3, 5),), "weighted_grad": (torch.zeros(8),)}
+PAIRED = (
+    "sample_grads", "sample_norms_squared", "sample_dots", "weighted_grad", "second_moment", "rotated_second_moment",
+    "sample_gram",
+)  # fmt: skip
+O, I, V = torch.zeros(3, 3), torch.zeros(5, 5), torch.zeros(3, 5)
+THIRD = {"sample_dots": (torch.zeros(3, 5),), "weighted_grad": (torch.zeros(8),), "rotated_second_moment": (torch.zeros(5, 5), torch.zeros(3, 3))}
 IMAGE = torch.zeros(2, 4, 6, 6)
 BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("gram", ([[1.0]],), {}, TypeError, "x is a list; it must be a torch.Tensor"),
@@ -245,6 +249,22 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("sample_dots", (A, G, torch.zeros(3, 5).double()), {}, TypeError, "a is torch.float32 but w is torch.float64"),
     ("weighted_grad", (A, G, torch.zeros(4)), {}, ValueError, r"c has shape \(4,\); .* with M = 8"),
     ("weighted_grad", (A, G, torch.zeros(8, 1, 1)), {}, ValueError, r"c has shape \(8, 1, 1\)"),
+    ("rotated_second_moment", (A, G, O, O), {}, ValueError, r"qa has shape \(3, 3\); it must be \(5, 5\)"),
+    ("rotated_second_moment", (A, G, I, I), {}, ValueError, r"qg has shape \(5, 5\); it must be \(3, 3\)"),
+    ("rotated_second_moment", (A, G, I.half(), O), {}, TypeError, "a is torch.float32 but qa is torch.float16"),
+    ("rotated_second_moment", (A, G, I, O), {"out": I}, ValueError, r"it must be \(3, 5\)"),
+    ("sample_gram", (A, G, A), {}, ValueError, "only one of a2 and g2 is given"),
+    ("sample_gram", (A, G, A[..., :4], G), {}, ValueError, "5 and 3 features but a2 and g2 4 and 3"),
+    ("sample_gram", (A, G, A.double(), G.double()), {}, TypeError, "a is torch.float32 but a2 is torch.float64"),
+    ("kron_apply", (I, V, I), {}, ValueError, r"left has shape \(5, 5\) for v \(3, 5\); it must be \(3, 3\)"),
+    ("kron_apply", (O, V[0], I), {}, ValueError, r"v has shape \(5,\); it must be \(O, I\) or \(K, O, I\)"),
+    ("kron_apply", ([O], [V], I), {}, ValueError, "left 1, v 1, right one tensor; give one tensor each, or lists"),
+    ("kron_apply", ([O], [V, V], [I]), {}, ValueError, "left 1, v 2, right 1"),
+    ("kron_apply", ([], [], []), {}, ValueError, "the lists are empty"),
+    ("kron_apply", (O, V.double(), I), {}, TypeError, "v is torch.float64 but left is torch.float32"),
+    ("kron_solve", (V, O, I, V.T, 0.1), {}, ValueError, r"eigenvalues has shape \(5, 3\); it must be \(3, 5\)"),
+    ("kron_solve", (V, O, O, V, 0.1), {}, ValueError, r"qa has shape \(3, 3\)"),
+    ("kron_solve", ([V], [O], [I], [V], [0.1, 0.2]), {}, ValueError, "damping has 2 entries"),
     ("softmax_hvp", (A, torch.zeros(4, 2, 6)), {}, ValueError, r"logits have shape \(4, 2, 5\) and v \(4, 2, 6\)"),
     ("softmax_hvp", (A, torch.zeros(5)), {}, ValueError, r"v \(5,\)"),
     ("softmax_hvp", (torch.tensor(1.0), torch.tensor(1.0)), {}, ValueError, r"logits have shape \(\)"),
