@@ -22,7 +22,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FL
 INPUTS := pyproject.toml setup.py constraints.txt $(shell find csrc -type f 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench lint sanitize clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo 'make test    set up $(VENV) and run every test'
 	@echo 'make bench   set up $(VENV) and run the benchmark suites'
 	@echo 'make lint    ruff check and ruff format --check'
+	@echo 'make sanitize  the CPU kernels under AddressSanitizer and UBSan, with their tests'
 	@echo 'make clean   remove $(VENV), demo/, build outputs and caches'
 
 demo: $(VENV)/.installed-demo
@@ -39,7 +40,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	@echo '== Running the tests on $(JOBS) processes'
-	$(BIN)/python -m pytest -q -n $(JOBS) $(TEST_FLAGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(JOBS) $(TEST_FLAGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(BENCH_FLAGS)
@@ -64,6 +65,17 @@ $(VENV)/.installed-%: $(VENV)/.created $(INPUTS)
 	$(PIP) setuptools pybind11
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
+
+# The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, from a copy of the sources, and their tests.
+SANITIZE := -fsanitize=address,undefined
+sanitize: $(VENV)/.installed-test
+	rm -rf build/sanitize && mkdir -p build/sanitize/src
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/sanitize/src
+	HVPFAST_BUILD=cpu HVPFAST_CXXFLAGS='-g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=undefined $(SANITIZE)' \
+	  HVPFAST_LDFLAGS='$(SANITIZE)' \
+	  $(PIP) --no-deps --no-build-isolation --target build/sanitize/site ./build/sanitize/src
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  PYTHONPATH=build/sanitize/site $(BIN)/python -m pytest -q tests/kernels/test_cpu_*.py $(TEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks kernels/*.so kernels/_build.json

@@ -221,7 +221,11 @@ PAIRED = (
     "sample_gram",
 )  # fmt: skip
 O, I, V = torch.zeros(3, 3), torch.zeros(5, 5), torch.zeros(3, 5)
-THIRD = {"sample_dots": (torch.zeros(3, 5),), "weighted_grad": (torch.zeros(8),), "rotated_second_moment": (torch.zeros(5, 5), torch.zeros(3, 3))}
+THIRD = {
+    "sample_dots": (torch.zeros(3, 5),),
+    "weighted_grad": (torch.zeros(8),),
+    "rotated_second_moment": (torch.zeros(5, 5), torch.zeros(3, 3)),
+}
 IMAGE = torch.zeros(2, 4, 6, 6)
 BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("gram", ([[1.0]],), {}, TypeError, "x is a list; it must be a torch.Tensor"),
