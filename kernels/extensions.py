@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,11 @@ def _load(device: str) -> ModuleType | str:
 
 
 def _openmp_reason() -> str | None:
-    """Why the CPU kernels run on one thread, or None: a second OpenMP library would mean a second pool of threads."""
+    """Why the CPU kernels run on one thread, or None.
+
+    They are linked to libgomp.so.1; if that is not the library that torch runs on, there would be two pools of threads.
+    Copies under other names (scikit-learn brings one) are nobody's but their owner's.
+    """
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return None
@@ -36,8 +41,18 @@ def _openmp_reason() -> str | None:
         for line in maps.read_text().splitlines()
         if line.count(" ") > 4 and "/" in line
     }
-    found = sorted(name for name in files if any(part in Path(name).name for part in ("libgomp", "libiomp", "libomp")))
-    return None if len(found) < 2 else f"{len(found)} OpenMP libraries are loaded: {', '.join(found)}"
+    return _two_pools(files, Path(torch.__file__).parent)
+
+
+def _two_pools(files: Iterable[str], torch_folder: Path) -> str | None:
+    """The reason, from the paths of the libraries that the process has loaded."""
+    found = [Path(f) for f in files if any(part in Path(f).name for part in ("libgomp", "libiomp", "libomp"))]
+    of_torch = [f for f in found if torch_folder in f.parents or torch_folder.with_name("torch.libs") in f.parents]
+    ours = [f for f in found if f.name.startswith("libgomp.so")]
+    if len(ours) > 1 or (of_torch and any(f not in of_torch for f in ours)):
+        loaded = ", ".join(sorted(str(f) for f in {*ours, *of_torch}))
+        return f"the kernels' OpenMP library is not torch's ({loaded})"
+    return None
 
 
 def build_report() -> dict[str, str]:
