@@ -67,13 +67,15 @@ class BuildKernels(build_ext):
                     ) from error
                 reason = f"the build failed: {str(error).strip() or type(error).__name__}"
         self.report[device] = "built" if reason is None else reason
+        built = Path(self.get_ext_fullpath(ext.name))
+        # An editable installation compiles elsewhere and copies the extensions alone into the sources.
+        folder = ROOT / "kernels" if getattr(self, "editable_mode", False) else built.parent
         if reason is not None:
             print(f"hvpfast: {ext.name} is left out: {reason}", file=sys.stderr)
-            stale = Path(self.get_ext_fullpath(ext.name))
-            stale.unlink(missing_ok=True)
-        target = Path(self.get_ext_fullpath(ext.name)).with_name("_build.json")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.report, indent=1) + "\n")
+            for stale in (built, folder / built.name):
+                stale.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_build.json").write_text(json.dumps(self.report, indent=1) + "\n")
 
     def skip_reason(self, device):
         if REQUEST == "none" or (REQUEST == "cpu" and device == "cuda"):

@@ -167,7 +167,8 @@ def test_editable(environment, tmp_path):
         assert run(environment, "-c", GRAM, cwd=place).stdout.strip() == str(copy / "hvpfast" / "__init__.py")
     (copy / "kernels" / "later.py").write_text("found = True\n")
     run(environment, "-c", "from hvpfast.kernels.later import found", cwd=tmp_path)
-    assert backends(environment, copy)["cpu"] is None
+    table = backends(environment, copy)
+    assert table["cpu"] is None and table["cuda"] == "not built: HVPFAST_BUILD=cpu"
 
 
 def test_auto_falls_back_and_remembers_why(environment, tmp_path):
