@@ -148,13 +148,17 @@ class Op:
         candidates = self._auto.get(device)
         if candidates is None:
             candidates = self._candidates(device)
-        if candidates and _untouchable(args, kwargs) is None:
+        if candidates and not _is_compiling():
             extended = {**kwargs, "precision": precision} if kwargs else {"precision": precision}
-            for one in candidates:
-                unfit, slower = one.unfit, one.slower
-                if (unfit is None or unfit(*args, **extended) is None) and (
-                    slower is None or slower(*args, **extended) is None
-                ):
+            touchable = False
+            for one in candidates:  # `slower` looks at shapes alone, and spares small calls the rest
+                if one.slower is not None and one.slower(*args, **extended) is not None:
+                    continue
+                if not touchable:
+                    if _untouchable(args, kwargs) is not None:
+                        break
+                    touchable = True
+                if one.unfit is None or one.unfit(*args, **extended) is None:
                     return _run(one, args, extended) if "out" in extended else one.run(*args, **extended)
         return self.reference(*args, **kwargs)
 

@@ -3,7 +3,8 @@
 A launcher takes its op's arguments plus `precision` ("auto", "ieee", "bf16x3" or "bf16") and returns what the
 op's reference returns. Beside it may stand, with the same arguments:
 `supports(...) -> str | None`: why it cannot run (None: it can), and
-`worthwhile(...) -> str | None`: why the reference is faster here, from a measured crossover (None: it is not).
+`worthwhile(...) -> str | None`: why the reference is faster here, from a measured crossover (None: it is not). It is asked
+first and looks at shapes, dtypes and devices only: the tensors may be traced, transformed or of a dtype not supported.
 Nothing in this folder imports the rest of hvpfast.
 """
 

@@ -198,7 +198,8 @@ def cpu_sample_grads_worthwhile(a, g, *, out=None, precision="auto") -> str | No
     if _cpu_is_portable():
         return _CPU_PORTABLE
     # Measured on a 2-core AVX-512 + AMX machine, 2026-11-21.
-    t, size = a.shape[1], g.shape[0] * g.shape[2] * a.shape[2]
+    (_, t, i), (m, _, o) = a.shape, g.shape
+    size = m * o * i
     large = size * (8 if a.dtype is torch.float64 else 4) > 8 << 20
     if out is None and large:
         return "there is no out: the first writing of fresh memory costs more than anything else"
@@ -212,9 +213,9 @@ def cpu_sample_grads_worthwhile(a, g, *, out=None, precision="auto") -> str | No
 
 
 def cpu_softmax_hvp_worthwhile(logits, v, *, weight=None, precision="auto") -> str | None:
-    if _cpu_is_portable():
+    if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
         return _CPU_PORTABLE
-    if logits.dim() and logits.shape[-1] < 128 and v.numel() < 8 * logits.numel():
+    if logits.shape[-1] < 128 and v.numel() < 8 * logits.numel():
         return "few classes and vectors: a row is less than it costs to begin one (0.5x at 10 classes, 2026-11-21)"
     return None
 

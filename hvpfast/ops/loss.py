@@ -5,22 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvpfast.arguments import alike, floats
+from hvpfast.arguments import floats
 from hvpfast.dispatch import op
 from hvpfast.ops.shared import wide
 
 
 def _check_softmax_hvp(logits, v, *, weight=None):
-    if not alike(logits, v):
+    dtype, usual = None, False  # the usual case, found out without a call: this is asked on every product
+    if type(logits) is Tensor is type(v):
+        dtype = logits.dtype
+        usual = v.dtype is dtype and logits.is_cpu and v.is_cpu and dtype.is_floating_point
+    if not usual:
         floats("softmax_hvp", logits=logits, v=v)
-    of, shape = tuple(logits.shape), tuple(v.shape)
-    if not of or (shape != of and shape[len(shape) - len(of) :] != of):
+    of, shape = logits.shape, v.shape
+    if not of or (shape != of and tuple(shape)[len(shape) - len(of) :] != of):
         raise ValueError(
             f"softmax_hvp: logits have shape {tuple(logits.shape)} and v {tuple(v.shape)}; they must be (..., C) and "
             f"(..., C), or (K, ..., C) for K vectors at once"
         )
     if weight is not None:
-        if type(weight) is not Tensor or weight.dtype is not logits.dtype or not (weight.is_cpu and logits.is_cpu):
+        if not (usual and type(weight) is Tensor and weight.dtype is dtype and weight.is_cpu):
             floats("softmax_hvp", logits=logits, weight=weight)
         if (*weight.shape, of[-1]) != of:
             raise ValueError(
