@@ -103,9 +103,9 @@ def cpu_sample_norms_squared_supports(a, g, *, precision="auto") -> str | None:
 
 
 def cpu_sample_norms_squared_worthwhile(a, g, *, precision="auto") -> str | None:
-    if _cpu_is_portable():
+    if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
         return _CPU_PORTABLE
-    t, i, o = a.shape[1], a.shape[2], g.shape[2]
+    (_, t, i), o = a.shape, g.shape[2]
     if t >= 256 and t * (i + o) >= 2 * i * o and not _cpu_uses_amx(a, precision):
         return _CPU_PLAIN_PRODUCT
     return None
@@ -127,9 +127,10 @@ def cpu_second_moment_supports(a, g, *, out=None, precision="auto") -> str | Non
 
 
 def cpu_second_moment_worthwhile(a, g, *, out=None, precision="auto") -> str | None:
-    if _cpu_is_portable():
+    if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
         return _CPU_PORTABLE
-    if (a.shape[1] == 1 or a.shape[1] >= 256) and not _cpu_uses_amx(a, precision):
+    t = a.shape[1]
+    if (t == 1 or t >= 256) and not _cpu_uses_amx(a, precision):
         return _CPU_PLAIN_PRODUCT
     return None
 
