@@ -20,7 +20,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -29,32 +28,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gram
-from . import sample_norms_squared as norms
-from .tiles import Tile
+from .ahead_cases import Case, cases
 
 TARGETS = (80, 90, 100)
 LIMITS = Path(__file__).with_name("limits.json")
 SHARED = 99 * 1024  # bytes a program may have on every GPU since sm_80, RTX (sm_86, sm_89, sm_120) included
-POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-DTYPE = {"exact": "bf16", "bf16": "fp32", "bf16x3": "fp32", "bf16x4": "fp32", "ieee": "fp32"}
-
-
-class Case(NamedTuple):
-    """One kernel and what it is specialised for."""
-
-    kernel: str
-    dtype: str
-    config: str
-    function: triton.runtime.JITFunction
-    types: dict[str, str]  # of the arguments that are neither i32 nor constant
-    constants: dict[str, object]
-    known: tuple[str, ...]  # integer arguments that are divisible by 16, as pointers always are here
-    tile: Tile  # its warps and stages
-    tensor_cores: bool
-
-    def key(self, target: int) -> str:
-        return f"{self.kernel} {self.dtype} {self.config} sm_{target}"
 
 
 class Row(NamedTuple):
@@ -77,78 +55,6 @@ class Row(NamedTuple):
     @property
     def key(self) -> str:
         return " ".join((self.kernel, self.dtype, self.config, self.target))
-
-
-def _label(product: str, tile: Tile, *more: str) -> str:
-    return "-".join((product, f"{tile.side}x{tile.depth}", f"{tile.warps}w", f"{tile.stages}s", *more))
-
-
-# Variants of a launch, by what the compiler knows of it. "even": whole tiles; "ragged": rows that can be loaded 16 bytes at
-# a time but end within a tile; "odd": nothing but the unit stride; "columns": a transposed input, whole tiles.
-VARIANTS = ("even", "ragged", "odd", "columns")
-
-
-def _gram_cases() -> Iterator[Case]:
-    types = {"part_ptr": "*fp32", "out_ptr": "*fp32", "alpha": "fp32", "beta": "fp32"}
-
-    def case(dtype: str, table: str, tile: Tile, variant: str) -> Case:
-        product = table.removesuffix("-odd")
-        constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
-        constants |= {"EVEN": variant in ("even", "columns"), "stride_xn" if variant == "columns" else "stride_xd": 1}
-        return Case(
-            "gram", dtype, _label(product, tile, variant), gram._gram_kernel, {"x_ptr": POINTERS[dtype], **types}, constants,
-            () if variant == "odd" else ("stride_xn", "stride_xd", "width", "rows"), tile, product != "ieee",
-        )  # fmt: skip
-
-    for table, rows in gram.TILES.items():
-        for _, _, tile in rows:
-            for variant in ("odd",) if table == "exact-odd" else VARIANTS if table == "exact" else ("even", "odd"):
-                if (table, variant) != ("exact", "odd"):
-                    yield case(DTYPE[table.removesuffix("-odd")], table, tile, variant)
-    yield case("fp16", "exact", gram.TILES["exact"][-1][-1], "even")
-    for side in sorted({tile.side for rows in gram.TILES.values() for _, _, tile in rows}):
-        constants = {"ADD": True, "SIDE": side, "SQUARE": gram.SQUARE, "stride_oj": 1}
-        yield Case("gram-add", "fp32", str(side), gram._add_kernel, types, constants, (), Tile(side, 0, 4, 3, 0), False)
-
-
-def _norms_cases() -> Iterator[Case]:
-    outer = {"BLOCK_M": 1, "BLOCK_F": norms.OUTER_ELEMENTS, "stride_ai": 1, "stride_go": 1}
-    strides = tuple(f"stride_{x}" for x in ("an", "at", "ai", "gm", "gt", "go"))
-    for dtype in ("bf16", "fp32"):
-        types = {"a_ptr": POINTERS[dtype], "g_ptr": POINTERS[dtype], "part_ptr": "*fp32", "out_ptr": "*fp32"}
-        yield Case("norms-outer", dtype, "even", norms._outer_kernel, types, outer, strides, Tile(0, 0, 4, 3, 0), False)
-    for (route, key), tile in norms.TILES.items():
-        product = key.removesuffix("-odd")
-        types = {"a_ptr": POINTERS[DTYPE[product]], "g_ptr": POINTERS[DTYPE[product]], "part_ptr": "*fp32"}
-        sides = {"SIDE": tile.side} if route == "gram" else {"SIDE_O": tile.side, "SIDE_I": tile.side}
-        function = norms._gram_kernel if route == "gram" else norms._direct_kernel
-        has_odd = (route, f"{product}-odd") in norms.TILES
-        for variant in ("odd",) if key != product else ("even", "ragged") if has_odd else ("even", "odd"):
-            constants = {
-                "PRECISION": product,
-                "DEPTH": tile.depth,
-                "CHUNK": tile.chunk,
-                "stride_ai": 1,
-                "stride_go": 1,
-                **sides,
-            }
-            constants["EVEN"] = variant == "even"
-            known = () if variant == "odd" else (*strides, "t_all", "i_all", "o_all")
-            label = _label(product, tile, variant)
-            cores = product != "ieee"
-            yield Case(f"norms-{route}", DTYPE[product], label, function, types, constants, known, tile, cores)
-
-
-def cases() -> list[Case]:
-    """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
-    plain = [*_gram_cases(), *_norms_cases()]
-    return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
-
-
-def _unit(case: Case) -> Case:
-    """The case with every integer 1, which Triton makes a constant: an integer's methods are then not there."""
-    ones = {name: 1 for name in case.function.arg_names if name not in case.types}
-    return case._replace(config=f"{case.config}-unit", constants=ones | case.constants)
 
 
 def compile_case(case: Case, target: int) -> Row:

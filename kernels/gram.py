@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiles
-from .tiles import Tile, cross, triangle
+from .tiles import Tile, choose_splits, cross, triangle
 
 # Tiles by product: the first row whose largest D and N hold the problem. "exact-odd" is for 16-bit rows that cannot be
 # loaded 16 bytes at a time. None needs more than 99 KB of shared memory or spills on sm_80, sm_90, sm_100 (ahead.py):
@@ -32,7 +32,6 @@ TILES: dict[str, tuple[tuple[float, float, Tile], ...]] = {
     "ieee": ((math.inf, math.inf, Tile(64, 16, 4, 3, 64)),),
 }
 SQUARE = 32  # side of what one program of the second launch adds up
-MOST_SPLITS = 64
 FEW_ROWS = 32  # below these the tensor cores have nothing to gain, and float32 costs nothing
 
 
@@ -132,19 +131,6 @@ def choose_tile(x: Tensor, product: str) -> Tile:
     vectors = x.data_ptr() % 16 == 0 and width % 16 == 0 and (by_rows or by_columns)
     table = TILES["exact-odd" if product == "exact" and not vectors else product]
     return next(tile for most_width, most_rows, tile in table if width <= most_width and rows <= most_rows)
-
-
-def choose_splits(programs: int, steps: int, processors: int) -> int:
-    """Into how many ranges of rows to split, so that the last wave of programs is full.
-
-    Costs in steps: a split more costs its programs' partial tiles, written and read, about 8 steps a program: an estimate
-    for 128 x 128 tiles from arithmetic, not measured on a GPU yet.
-    """
-
-    def cost(splits: int) -> int:
-        return -(-programs * splits // processors) * (-(-steps // splits) + (8 if splits > 1 else 0))
-
-    return min(range(1, max(1, min(MOST_SPLITS, steps // 4)) + 1), key=cost)
 
 
 def supports(

@@ -117,11 +117,9 @@ def takes_gram(t: int, i: int, o: int) -> bool:
 
 def choose_tile(a: Tensor, g: Tensor, route: str, product: str) -> Tile:
     """The tile from `TILES` for this route and product, and for how a and g lie in memory."""
-    vectors = all(
-        x.data_ptr() % 16 == 0 and x.shape[2] % 16 == 0 and x.stride(2) == 1 and (x.stride(0) | x.stride(1)) % 16 == 0
-        for x in (a, g)
-    )
-    return TILES[route, product] if vectors else TILES.get((route, f"{product}-odd"), TILES[route, product])
+    if tiles.vectors(a, g):
+        return TILES[route, product]
+    return TILES.get((route, f"{product}-odd"), TILES[route, product])
 
 
 def supports(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
@@ -172,12 +170,12 @@ def launch_gram(a: Tensor, g: Tensor, product: str, tile: Tile) -> Tensor:
     """The Gram route with a given tile: a (N, T, I), g (M, T, O) -> (M,)."""
     n, t, i = a.shape
     o, k = g.shape[2], len(g) // n
-    side = _side(t, tile.side)
+    side = tiles.side(t, tile.side)
     across = triton.cdiv(t, side)
     in_triangle = across * (across + 1) // 2
     # Rows of g with one input share its products, unless the programs are then too few to fill the GPU twice.
     k_each = k if n * in_triangle >= 2 * tiles.facts(a.device).processors else 1
-    a, g = _within_32_bits(a, side, tile.depth, 1, 2), _within_32_bits(g, side, tile.depth, 1, 2)
+    a, g = (tiles.within_32_bits(x, (1, side), (2, tile.depth)) for x in (a, g))
     part = g.new_empty(len(g), in_triangle, dtype=torch.float32)
     _gram_kernel[n * in_triangle, triton.cdiv(k, k_each)](
         a, g, part, n, k, k_each, in_triangle, t, i, o, *a.stride(), *g.stride(),
@@ -192,9 +190,10 @@ def launch_direct(a: Tensor, g: Tensor, product: str, tile: Tile) -> Tensor:
     """The direct route with a given tile: a (N, T, I), g (M, T, O) -> (M,)."""
     n, t, i = a.shape
     o = g.shape[2]
-    side_o, side_i = _side(o, tile.side), _side(i, tile.side)
+    side_o, side_i = tiles.side(o, tile.side), tiles.side(i, tile.side)
     tiles_o, tiles_i = triton.cdiv(o, side_o), triton.cdiv(i, side_i)
-    a, g = _within_32_bits(a, side_i, tile.depth, 2, 1), _within_32_bits(g, side_o, tile.depth, 2, 1)
+    a = tiles.within_32_bits(a, (2, side_i), (1, tile.depth))
+    g = tiles.within_32_bits(g, (2, side_o), (1, tile.depth))
     part = g.new_empty(len(g), tiles_o * tiles_i, dtype=torch.float32)
     _direct_kernel[(len(g) * tiles_o * tiles_i,)](
         a, g, part, n, tiles_o, tiles_i, t, i, o, *a.stride(), *g.stride(),
@@ -203,13 +202,3 @@ def launch_direct(a: Tensor, g: Tensor, product: str, tile: Tile) -> Tensor:
         num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return part.sum(1) if tiles_o * tiles_i > 1 else part[:, 0]
-
-
-def _side(extent: int, most: int) -> int:
-    return max(16, min(most, triton.next_power_of_2(extent)))
-
-
-def _within_32_bits(x: Tensor, side: int, depth: int, across: int, along: int) -> Tensor:
-    """x, copied if the places within one tile of it would not fit 32 bits."""
-    fits = side * x.stride(across) + depth * x.stride(along) < 1 << 31
-    return x if fits else x.contiguous()

@@ -33,15 +33,25 @@ def nearest_bf16(x):
 
 
 @triton.jit
+def thirds(x):
+    """float32 -> three bf16 whose sum it is, largest first."""
+    hi = nearest_bf16(x)
+    rest = x - hi.to(tl.float32)
+    mid = nearest_bf16(rest)
+    return hi, mid, nearest_bf16(rest - mid.to(tl.float32))
+
+
+@triton.jit
 def dot(x, y, total, PRECISION: tl.constexpr):
     """total + x y for tiles x (R, K) and y (K, C), summed in float32.
 
     "exact": 16-bit tiles, whose products are exact. "ieee": float32. "bf16": float32 rounded to bf16.
     "bf16x3": x = hi + lo in bf16 each, without lo lo; "bf16x4": with it. An inf has hi = inf and lo = inf - inf = NaN, and
-    a float32 beyond bf16's range likewise: what they touch is NaN or inf, never a finite number.
+    a float32 beyond bf16's range likewise: what they touch is NaN or inf, never a finite number. "bf16x6": three bf16
+    each, as exact as float32 products, on tensor cores. In "ieee" and "bf16x6" tiles may be of any dtype.
     """
     if PRECISION == "ieee":
-        return tl.dot(x, y, total, input_precision="ieee")
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
     elif PRECISION == "exact":
         if INTERPRETED:
             return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
@@ -49,6 +59,15 @@ def dot(x, y, total, PRECISION: tl.constexpr):
             return tl.dot(x, y, total)
     elif PRECISION == "bf16":
         return tl.dot(nearest_bf16(x), nearest_bf16(y), total)
+    elif PRECISION == "bf16x6":
+        x_hi, x_mid, x_lo = thirds(x.to(tl.float32))
+        y_hi, y_mid, y_lo = thirds(y.to(tl.float32))
+        total = tl.dot(x_lo, y_hi, total)  # small terms first
+        total = tl.dot(x_hi, y_lo, total)
+        total = tl.dot(x_mid, y_mid, total)
+        total = tl.dot(x_mid, y_hi, total)
+        total = tl.dot(x_hi, y_mid, total)
+        return tl.dot(x_hi, y_hi, total)
     else:
         x_hi, y_hi = nearest_bf16(x), nearest_bf16(y)
         x_lo, y_lo = nearest_bf16(x - x_hi.to(tl.float32)), nearest_bf16(y - y_hi.to(tl.float32))
@@ -57,6 +76,26 @@ def dot(x, y, total, PRECISION: tl.constexpr):
         total = tl.dot(x_lo, y_hi, total)  # small terms first
         total = tl.dot(x_hi, y_lo, total)
         return tl.dot(x_hi, y_hi, total)
+
+
+@triton.jit
+def _steps(
+    total, left_ptr, right_ptr, left_at, right_at, left_step, right_step, left_in, right_in, start, stop, length,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`total` plus the products over k in [start, stop): see `cross`."""
+    k_in_block = tl.arange(0, BLOCK_K)[:, None]
+    for k in range(start, stop, BLOCK_K):
+        left_place = left_ptr + k * left_step + left_at
+        right_place = right_ptr + k * right_step + right_at
+        if EVEN:
+            left_tile = tl.load(left_place)
+            right_tile = tl.load(right_place)
+        else:
+            left_tile = tl.load(left_place, mask=(k + k_in_block < length) & left_in, other=0.0)
+            right_tile = tl.load(right_place, mask=(k + k_in_block < length) & right_in, other=0.0)
+        total = dot(tl.trans(left_tile), right_tile, total, PRECISION)
+    return total
 
 
 @triton.jit
@@ -70,22 +109,20 @@ def cross(
     left_ptr, right_ptr: where k = 0 is; both move by *_step (64-bit) elements per k. left_at (BLOCK_K, ROWS), right_at
     (BLOCK_K, COLS): 32-bit places within one step's tile, so that no tensor of pointers lives across the loop.
     left_in, right_in: (1, ROWS), (1, COLS), which columns exist. EVEN: all do, and length is a multiple of BLOCK_K.
+    CHUNK 0: the tensor cores add all of a length that the launcher knows to be short.
     """
     total = tl.zeros((ROWS, COLS), tl.float32)
-    k_in_block = tl.arange(0, BLOCK_K)[:, None]
-    for chunk in range(0, length, BLOCK_K * CHUNK):
-        part = tl.zeros((ROWS, COLS), tl.float32)
-        for k in range(chunk, min(chunk + BLOCK_K * CHUNK, length), BLOCK_K):
-            left_place = left_ptr + k * left_step + left_at
-            right_place = right_ptr + k * right_step + right_at
-            if EVEN:
-                left_tile = tl.load(left_place)
-                right_tile = tl.load(right_place)
-            else:
-                left_tile = tl.load(left_place, mask=(k + k_in_block < length) & left_in, other=0.0)
-                right_tile = tl.load(right_place, mask=(k + k_in_block < length) & right_in, other=0.0)
-            part = dot(tl.trans(left_tile), right_tile, part, PRECISION)
-        total += part
+    if CHUNK == 0:
+        total = _steps(
+            total, left_ptr, right_ptr, left_at, right_at, left_step, right_step, left_in, right_in, 0, length, length,
+            PRECISION, EVEN, BLOCK_K,
+        )  # fmt: skip
+    else:
+        for chunk in range(0, length, BLOCK_K * CHUNK):
+            total += _steps(
+                tl.zeros((ROWS, COLS), tl.float32), left_ptr, right_ptr, left_at, right_at, left_step, right_step,
+                left_in, right_in, chunk, min(chunk + BLOCK_K * CHUNK, length), length, PRECISION, EVEN, BLOCK_K,
+            )  # fmt: skip
     return total
 
 
@@ -96,6 +133,10 @@ def triangle(index):
     row = tl.where(row * (row + 1) // 2 > index, row - 1, row)  # the float32 root may be one off either way
     row = tl.where((row + 1) * (row + 2) // 2 <= index, row + 1, row)
     return row, index - row * (row + 1) // 2
+
+
+MOST_SPLITS = 64
+FEW = 32
 
 
 class Tile(NamedTuple):
@@ -127,11 +168,33 @@ def facts(device: torch.device) -> Facts:
     return Facts(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
+def choose_splits(programs: int, steps: int, processors: int) -> int:
+    """Into how many ranges of rows to split, so that the last wave of programs is full.
+
+    Costs in steps: a split more costs its programs' partial tiles, written and read, about 8 steps a program: an estimate
+    for 128 x 128 tiles from arithmetic, not measured on a GPU yet.
+    """
+
+    def cost(splits: int) -> int:
+        return -(-programs * splits // processors) * (-(-steps // splits) + (8 if splits > 1 else 0))
+
+    return min(range(1, max(1, min(MOST_SPLITS, steps // 4)) + 1), key=cost)
+
+
 def product(dtype: torch.dtype, precision: str) -> str:
     """How `dot` multiplies data of a dtype under a precision: "exact", "ieee", "bf16x3" or "bf16"."""
     if dtype is not torch.float32:
         return "exact"
     return "bf16x3" if precision == "auto" else precision
+
+
+_FINER = {"bf16": "bf16x3", "bf16x3": "bf16x6"}
+
+
+def product_of_few(dtype: torch.dtype, precision: str, terms: int) -> str:
+    """`product` for sums of so many terms: one step finer for a few, which do not average the rounding away."""
+    name = product(dtype, precision)
+    return _FINER.get(name, name) if terms < FEW else name
 
 
 def unfit(x: Tensor) -> str | None:
@@ -149,3 +212,32 @@ def unfit(x: Tensor) -> str | None:
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:
     """Makes the tensor's GPU the current one, which Triton launches on."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def side(extent: int, most: int) -> int:
+    """How far a tile reaches over an axis of this extent: a power of two, at least 16."""
+    return max(16, min(most, triton.next_power_of_2(extent)))
+
+
+def within_32_bits(x: Tensor, *reach: tuple[int, int]) -> Tensor:
+    """x, copied if the places within one tile of it, which spans `extent` of each `axis`, would not fit 32 bits.
+
+    reach: (axis, extent) pairs.
+    """
+    return x if sum(extent * x.stride(axis) for axis, extent in reach) < 1 << 31 else x.contiguous()
+
+
+def vectors(*pair: Tensor) -> bool:
+    """Whether rows of each x (N, T, F) can be loaded 16 bytes at a time, and the compiler will know it."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.shape[2] % 16 == 0 and x.stride(2) == 1 and (x.stride(0) | x.stride(1)) % 16 == 0
+        for x in pair
+    )
+
+
+def shares_memory(out: Tensor | None, *inputs: Tensor) -> bool:
+    """Whether `out` lies in the memory of a tensor that is still read when it is written."""
+    if out is None:
+        return False
+    place = out.untyped_storage().data_ptr()
+    return any(x.numel() and x.untyped_storage().data_ptr() == place for x in inputs)

@@ -123,7 +123,7 @@ def _check_weighted_grad(a, g, c):
         )
 
 
-@op(check=_check_weighted_grad)
+@op(check=_check_weighted_grad, backends=("triton",))
 def weighted_grad(a: Tensor, g: Tensor, c: Tensor) -> Tensor:
     """Weighted sums of the per-sample gradients, `sum_m c_m g_m' a_m`, without an (M, O, I) array.
 
@@ -149,7 +149,7 @@ def _check_second_moment(a, g, *, out=None):
         output("second_moment", out, (g.shape[2], a.shape[2]), a)
 
 
-@op(check=_check_second_moment, backends=("cpu",))
+@op(check=_check_second_moment, backends=("cpu", "triton"))
 def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Sum over samples of the squared per-sample gradients, `sum_m (g_m' a_m) o (g_m' a_m)`, elementwise squares.
 
@@ -186,7 +186,7 @@ def _check_rotated_second_moment(a, g, qa, qg, *, out=None):
         output("rotated_second_moment", out, (g.shape[2], a.shape[2]), a)
 
 
-@op(check=_check_rotated_second_moment, backends=("cpu",))
+@op(check=_check_rotated_second_moment, backends=("cpu", "triton"))
 def rotated_second_moment(a: Tensor, g: Tensor, qa: Tensor, qg: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Second moment of the per-sample gradients in rotated coordinates, `sum_m (qg' g_m' a_m qa)^2`, elementwise.
 

@@ -1,0 +1,174 @@
+"""What ahead.py compiles: every kernel x dtype x configuration that the launchers can choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import triton
+
+from . import gram, moments, products
+from . import sample_norms_squared as norms
+from .tiles import Tile
+
+POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+DTYPE = {"exact": "bf16", "bf16": "fp32", "bf16x3": "fp32", "bf16x4": "fp32", "bf16x6": "fp32", "ieee": "fp32"}
+
+
+class Case(NamedTuple):
+    """One kernel and what it is specialised for."""
+
+    kernel: str
+    dtype: str
+    config: str
+    function: triton.runtime.JITFunction
+    types: dict[str, str]  # of the arguments that are neither i32 nor constant
+    constants: dict[str, object]
+    known: tuple[str, ...]  # integer arguments that are divisible by 16, as pointers always are here
+    tile: Tile  # its warps and stages
+    tensor_cores: bool
+
+    def key(self, target: int) -> str:
+        return f"{self.kernel} {self.dtype} {self.config} sm_{target}"
+
+
+def _label(product: str, tile: Tile, *more: str) -> str:
+    return "-".join((product, f"{tile.side}x{tile.depth}", f"{tile.warps}w", f"{tile.stages}s", *more))
+
+
+# Variants of a launch, by what the compiler knows of it. "even": whole tiles; "ragged": rows that can be loaded 16 bytes at
+# a time but end within a tile; "odd": nothing but the unit stride; "columns": a transposed input, whole tiles.
+VARIANTS = ("even", "ragged", "odd", "columns")
+
+
+def _gram_cases() -> Iterator[Case]:
+    types = {"part_ptr": "*fp32", "out_ptr": "*fp32", "alpha": "fp32", "beta": "fp32"}
+
+    def case(dtype: str, table: str, tile: Tile, variant: str) -> Case:
+        product = table.removesuffix("-odd")
+        constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
+        constants |= {"EVEN": variant in ("even", "columns"), "stride_xn" if variant == "columns" else "stride_xd": 1}
+        return Case(
+            "gram", dtype, _label(product, tile, variant), gram._gram_kernel, {"x_ptr": POINTERS[dtype], **types}, constants,
+            () if variant == "odd" else ("stride_xn", "stride_xd", "width", "rows"), tile, product != "ieee",
+        )  # fmt: skip
+
+    for table, rows in gram.TILES.items():
+        for _, _, tile in rows:
+            for variant in ("odd",) if table == "exact-odd" else VARIANTS if table == "exact" else ("even", "odd"):
+                if (table, variant) != ("exact", "odd"):
+                    yield case(DTYPE[table.removesuffix("-odd")], table, tile, variant)
+    yield case("fp16", "exact", gram.TILES["exact"][-1][-1], "even")
+    for side in sorted({tile.side for rows in gram.TILES.values() for _, _, tile in rows}):
+        constants = {"ADD": True, "SIDE": side, "SQUARE": gram.SQUARE, "stride_oj": 1}
+        yield Case("gram-add", "fp32", str(side), gram._add_kernel, types, constants, (), Tile(side, 0, 4, 3, 0), False)
+
+
+def _norms_cases() -> Iterator[Case]:
+    outer = {"BLOCK_M": 1, "BLOCK_F": norms.OUTER_ELEMENTS, "stride_ai": 1, "stride_go": 1}
+    strides = tuple(f"stride_{x}" for x in ("an", "at", "ai", "gm", "gt", "go"))
+    for dtype in ("bf16", "fp32"):
+        types = {"a_ptr": POINTERS[dtype], "g_ptr": POINTERS[dtype], "part_ptr": "*fp32", "out_ptr": "*fp32"}
+        yield Case("norms-outer", dtype, "even", norms._outer_kernel, types, outer, strides, Tile(0, 0, 4, 3, 0), False)
+    for (route, key), tile in norms.TILES.items():
+        product = key.removesuffix("-odd")
+        types = {"a_ptr": POINTERS[DTYPE[product]], "g_ptr": POINTERS[DTYPE[product]], "part_ptr": "*fp32"}
+        sides = {"SIDE": tile.side} if route == "gram" else {"SIDE_O": tile.side, "SIDE_I": tile.side}
+        function = norms._gram_kernel if route == "gram" else norms._direct_kernel
+        has_odd = (route, f"{product}-odd") in norms.TILES
+        for variant in ("odd",) if key != product else ("even", "ragged") if has_odd else ("even", "odd"):
+            constants = {
+                "PRECISION": product,
+                "DEPTH": tile.depth,
+                "CHUNK": tile.chunk,
+                "stride_ai": 1,
+                "stride_go": 1,
+                **sides,
+            }
+            constants["EVEN"] = variant == "even"
+            known = () if variant == "odd" else (*strides, "t_all", "i_all", "o_all")
+            label = _label(product, tile, variant)
+            cores = product != "ieee"
+            yield Case(f"norms-{route}", DTYPE[product], label, function, types, constants, known, tile, cores)
+
+
+_PAIR = tuple(f"stride_{x}" for x in ("an", "at", "ai", "gm", "gt", "go"))
+
+
+def _moments_cases() -> Iterator[Case]:
+    results = {"squares_ptr": "*fp32", "weighted_ptr": "*fp32", "norms_ptr": "*fp32", "out_ptr": "*fp32"}
+    known = (
+        *_PAIR,
+        "stride_qs",
+        "stride_qo",
+        "stride_ws",
+        "stride_wd",
+        "stride_wo",
+        "stride_s",
+        "stride_d",
+        "stride_o",
+    )
+    units = dict.fromkeys(("stride_ai", "stride_go", "stride_qi", "stride_wi", "stride_i"), 1)
+    sums = {"squares": (True, False, False), "weighted": (False, True, False), "all": (True, True, True)}
+    for (route, key), tile in moments.TILES.items():
+        product = key.partition("-")[0]
+        constants = {
+            "PRECISION": product,
+            "SIDE_O": tile.side,
+            "SIDE_I": tile.side,
+            "DEPTH": tile.depth,
+            "CHUNK": tile.chunk,
+        }
+        function = moments._samples_kernel if route == "samples" else moments._rows_kernel
+        if route == "samples":
+            asked = ["squares"] + ["weighted"] * (product == "exact") + ["all"] * (key in ("exact", "bf16x3", "bf16x6"))
+            variants = [
+                (what, {}, even) for what in asked for even in (("even",) if "-short" in key else ("even", "odd"))
+            ]
+        else:
+            plain = [
+                ("squares", {"FLAT": True, "ONE": True}, "ragged"),
+                ("weighted", {"FLAT": False, "ONE": True}, "ragged"),
+            ]
+            many = [("weighted", {"FLAT": False, "ONE": False}, "odd")]
+            variants = plain if "-one" in key else plain + many
+        for dtype in ("bf16", "fp16") if (route, product) == ("rows", "bf16x6") else (DTYPE[product],):
+            types = dict.fromkeys(("a_ptr", "g_ptr", "c_ptr"), POINTERS[dtype]) | results
+            for what, more, variant in variants:
+                flags = dict(zip(("SQUARES", "WEIGHTED", "NORMS"), sums[what], strict=True)) | {
+                    "EVEN": variant == "even"
+                }
+                where = () if variant == "odd" else (*known, "t_all", "i_all", "o_all")
+                yield Case(
+                    f"moments-{route}", dtype, _label(product, tile, what, variant), function, types,
+                    constants | units | flags | more, where, tile, product != "ieee",
+                )  # fmt: skip
+
+
+def _product_cases() -> Iterator[Case]:
+    known = ("stride_xk", "stride_xr", "stride_yk", "stride_s", "stride_r", "length", "r_all", "c_all")
+    for key, tile in products.TILES.items():
+        name = key.removesuffix("-odd")
+        dtypes = ("fp32", "bf16") if name == "bf16x6" else (DTYPE[name],)  # bf16: rotated by a float32 matrix
+        for dtype in dtypes:
+            types = {"x_ptr": POINTERS[dtype], "y_ptr": POINTERS[DTYPE[name]], "out_ptr": "*fp32"}
+            constants = {"PRECISION": name, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
+            constants |= {"stride_xk": 1, "stride_yc": 1, "stride_c": 1}
+            has_odd = f"{name}-odd" in products.TILES
+            for variant in ("odd",) if key != name else ("even", "ragged") if has_odd else ("even", "odd"):
+                yield Case(
+                    "product", dtype, _label(name, tile, variant), products._product_kernel, types,
+                    constants | {"EVEN": variant == "even"}, () if variant == "odd" else known, tile, name != "ieee",
+                )  # fmt: skip
+
+
+def cases() -> list[Case]:
+    """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
+    plain = [*_gram_cases(), *_norms_cases(), *_moments_cases(), *_product_cases()]
+    return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
+
+
+def _unit(case: Case) -> Case:
+    """The case with every integer 1, which Triton makes a constant: an integer's methods are then not there."""
+    ones = {name: 1 for name in case.function.arg_names if name not in case.types}
+    return case._replace(config=f"{case.config}-unit", constants=ones | case.constants)

@@ -1,0 +1,42 @@
+"""Weighted sums of the per-sample gradients, sum_m c_m g_m' a_m, in Triton: see `moments.py` for the two routes.
+
+float32 data by rows. 16-bit data with FEW positions or more a sample by samples, where their products are exact: a third to
+a sixth of the tensor cores' work by rows, but K times it where K rows of g share an input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import moments, tiles
+
+
+def supports(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> str | None:
+    """Why this kernel cannot take the arguments, or None."""
+    return tiles.unfit(a)
+
+
+def worthwhile(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> str | None:
+    """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
+    if a.numel() * g.shape[2] < 1 << 26:
+        return "below 2^27 flops the launches cost more than the products (an expectation, not yet measured)"
+    if tiles.product(a.dtype, precision) == "ieee":
+        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
+    return None
+
+
+def weighted_grad(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> Tensor:
+    """See `hvpfast.ops.weighted_grad`; `precision` is that of float32 data ("auto" is "bf16x3")."""
+    n, t, i = a.shape
+    columns = c if c.dim() == 2 else c[:, None]
+    out = g.new_empty(columns.shape[1], g.shape[2], i, dtype=torch.float32)
+    if 0 in a.shape or 0 in g.shape:
+        out.zero_()
+    elif out.numel():
+        with tiles.on_device(a):
+            if a.dtype is not torch.float32 and t >= tiles.FEW and len(g) == n:
+                moments.by_samples(a, g, columns, "exact", weighted=out)
+            else:
+                moments.by_rows(a, g, columns, out, moments.product_by_rows(a.dtype, precision, n * t))
+    return out if c.dim() == 2 else out[0]
