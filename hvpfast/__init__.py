@@ -12,7 +12,7 @@ from hvpfast.capture import (
     record,
 )
 from hvpfast.dispatch import BackendError, backend, backends, precision
-from hvpfast.operators import GGN, EmpiricalFisher, Hessian, Identity, LinearOperator
+from hvpfast.operators import EKFAC, GGN, KFAC, EmpiricalFisher, Hessian, Identity, LinearOperator
 from hvpfast.probes import (
     Density,
     Eigs,

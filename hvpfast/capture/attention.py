@@ -62,15 +62,19 @@ def projections(
         bias = leaves.get(parts[0]) if kind == "AddmmBackward0" else None
         x = (node._saved_mat1 if kind == "AddmmBackward0" else node._saved_self).detach()
         if samples and x.shape[0] % samples == 0:
-            normal = Normal(_tokens(x, samples, 1), _gradient(weight.shape[0], x.shape[0], samples))
+            normal = _normal(x, weight.shape[0], samples)
             found.append(Projection(names[id(weight)], weight, bias, node, x, normal))
     inputs = {one.name: one.x for one in found}
     for node, bias in added:
         x = inputs.get(names[id(bias)])
         if x is not None:
-            normal = Normal(_tokens(x, samples, 1), _gradient(bias.shape[0], x.shape[0], samples))
+            normal = _normal(x, bias.shape[0], samples)
             found.append(Projection(names[id(bias)], None, bias, node, x, normal))
     return found
+
+
+def _normal(x: Tensor, width: int, n: int) -> Normal:
+    return Normal(_tokens(x, n, 1), _gradient(width, x.shape[0], n), positions=x.shape[0] // n)
 
 
 def _tokens(x: Tensor, n: int, k: int) -> Callable[[], Tensor]:

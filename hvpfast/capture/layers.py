@@ -16,6 +16,21 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
+class Image:
+    """The input of a convolution, (N, C, *spatial) with any padding that is not zeros in place, and how it is read.
+
+    `flipped`: whether the features count the kernel's places from behind.
+    """
+
+    x: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    flipped: bool = False
+
+
+@dataclass(frozen=True)
 class Normal:
     """How one call of one layer reads as a linear map: functions, so that nothing is computed before it is needed.
 
@@ -27,6 +42,11 @@ class Normal:
             "scale": it multiplies feature by feature, sum_t g_t o a_t (I = O, one group);
             "rows": it is looked up, and `a` holds the row indices (1, N, T, 1).
         bias: (M, *output) -> (M, O), where it is not the sum of `grads` over positions.
+        groups, positions: G and T.
+        image: of a convolution, whose output's gradient is (M, G O, *spatial): makes the Gram matrix of patches without them.
+        skips: of "rows", the index whose row gets no gradient.
+        kronecker: from the output's spatial extents, the form that Kronecker factors are made from, where it is not this
+            one: a position is an output pixel.
     """
 
     inputs: Callable[..., Tensor]
@@ -34,6 +54,11 @@ class Normal:
     kind: str = "linear"
     patches: int = 0
     bias: Callable[[Tensor], Tensor] | None = None
+    groups: int = 1
+    positions: int = 1
+    image: Image | None = None
+    skips: int | None = None
+    kronecker: Callable[[Sequence[int]], Normal] | None = None
 
 
 Rule = Callable[[nn.Module, Tensor], "Normal | None"]  # None: this configuration of the module has no rule
@@ -58,7 +83,7 @@ def linear(module: nn.Linear, x: Tensor) -> Normal:
     def positions(y: Tensor) -> Tensor:
         return y.reshape(1, y.shape[0], -1, y.shape[-1]) if y.dim() > 2 else y[None, :, None]
 
-    return Normal(lambda: positions(x), positions)
+    return Normal(lambda rows=slice(None): positions(x[rows]), positions, positions=x.shape[1:-1].numel())
 
 
 @layer(nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -69,10 +94,20 @@ def convolution(module: nn.modules.conv._ConvNd, x: Tensor) -> Normal:
         groups = module.groups
         return g.reshape(g.shape[0], groups, g.shape[1] // groups, -1).permute(1, 0, 3, 2)
 
-    size = 0
-    if any(k > 1 for k in module.kernel_size):
-        size = x.shape[1] * torch.Size(module.kernel_size).numel() * torch.Size(_extents(module, x)).numel()
-    return Normal(lambda rows=slice(None): patches(module, x[rows]), outputs, patches=size)
+    spots = torch.Size(_extents(module, x)).numel()
+    size = x.shape[1] * torch.Size(module.kernel_size).numel() * spots if any(k > 1 for k in module.kernel_size) else 0
+    sides = module._reversed_padding_repeated_twice
+    padded, margin = x, module.padding
+    if module.padding_mode != "zeros":
+        padded, margin = F.pad(x, sides, mode=module.padding_mode) if any(sides) else x, (0,) * (x.dim() - 2)
+    return Normal(
+        lambda rows=slice(None): patches(module, x[rows]),
+        outputs,
+        patches=size,
+        groups=module.groups,
+        positions=spots,
+        image=Image(padded, module.kernel_size, module.stride, margin, module.dilation),
+    )
 
 
 def patches(module: nn.modules.conv._ConvNd, x: Tensor) -> Tensor:
@@ -147,7 +182,44 @@ def transposed_convolution(module: nn.modules.conv._ConvTransposeNd, x: Tensor) 
     def pixels() -> Tensor:
         return x.reshape(x.shape[0], groups, x.shape[1] // groups, -1).permute(1, 0, 3, 2)
 
-    return Normal(pixels, outputs, "transposed", bias=lambda g: g.flatten(2).sum(2))
+    return Normal(
+        pixels,
+        outputs,
+        "transposed",
+        bias=lambda g: g.flatten(2).sum(2),
+        groups=groups,
+        positions=x.shape[2:].numel(),
+        kronecker=lambda extents: _upsampled(module, x, extents),
+    )
+
+
+def _upsampled(module: nn.modules.conv._ConvTransposeNd, x: Tensor, extents: Sequence[int]) -> Normal:
+    """A transposed convolution as a convolution of stride 1 over its input with zeros put between the pixels.
+
+    The features of an output pixel are in the weight's own order (C / G, *kernel): the patch, kernel axes reversed.
+    """
+    axes = x.dim() - 2
+    sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], module.stride, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *sizes)
+    spread[(..., *(slice(None, None, s) for s in module.stride))] = x
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    sides = [
+        (r - p, e + p - size) for r, p, e, size in zip(reach, module.padding, extents, sizes, strict=True)
+    ]  # together e + r - size: as many as give `extents` windows
+    spread = F.pad(spread, [side for pair in reversed(sides) for side in pair])
+    ones, groups = (1,) * axes, module.groups
+    kernel, spots = torch.Size(module.kernel_size), torch.Size(extents).numel()
+
+    def inputs(rows: slice = slice(None)) -> Tensor:
+        a = windows(spread[rows], extents, kernel, ones, module.dilation, (0,) * axes, groups)
+        return a.unflatten(3, (-1, *kernel)).flip(tuple(range(4, 4 + axes))).flatten(3)
+
+    def outputs(g: Tensor) -> Tensor:
+        return g.reshape(g.shape[0], groups, g.shape[1] // groups, -1).permute(1, 0, 3, 2)
+
+    image = Image(spread, tuple(kernel), ones, (0,) * axes, module.dilation, flipped=True)
+    size = x.shape[1] * kernel.numel() * spots
+    return Normal(inputs, outputs, "upsampled", size, groups=groups, positions=spots, image=image)
 
 
 def _features_last(x: Tensor, features: int) -> Tensor:
@@ -212,13 +284,13 @@ def embedding(module: nn.Embedding, x: Tensor) -> Normal | None:
         seen = (rows != module.padding_idx).expand(-1, -1, -1, 1)
         return g * seen.repeat(1, g.shape[1] // max(1, x.shape[0]), 1, 1)
 
-    return Normal(lambda: rows, grads, "rows")
+    return Normal(lambda: rows, grads, "rows", positions=x.shape[1:].numel(), skips=module.padding_idx)
 
 
 def _hugging_face_conv1d(module: nn.Module, x: Tensor) -> Normal:
     """(N, ..., I) and a weight stored (I, O), as in GPT-2: a Linear with its weight transposed."""
     normal = linear(module, x)
-    return Normal(normal.inputs, normal.grads, "transposed")
+    return Normal(normal.inputs, normal.grads, "transposed", positions=normal.positions)
 
 
 _BY_NAME: dict[str, Rule] = {"transformers.pytorch_utils.Conv1D": _hugging_face_conv1d}

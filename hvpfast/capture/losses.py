@@ -23,7 +23,10 @@ class Loss:
 
     Attributes:
         reduction: "mean", "sum", or None while it is unknown (found out by `settle`).
+        joint: whether all outputs of a sample are one term, whose Hessian has no closed form.
     """
+
+    joint = True
 
     def __init__(self, function: Callable, reduction: str | None, elementwise: bool = False):
         self.function, self.reduction, self.elementwise = function, reduction, elementwise
@@ -109,19 +112,44 @@ class Loss:
 
         return product
 
-    def root(self, output: Tensor, target: object) -> Tensor | None:
-        """R, (K, *output.shape), with sum_k R_k R_k' = S within each sample, or None where no closed form is here.
+    def terms(self, output: Tensor, target: object, axis: int) -> Tensor:
+        """What each term of the loss adds to the mean's denominator, (N, positions) float64, with sum over positions D_n.
 
-        For outputs (N, C): K = C.
+        `axis` of the output holds the features of a term; the others, but the first, are positions. A custom loss has one
+        term a sample, (N, 1).
         """
-        return None
+        d = self.denominators(output, target)
+        if not self.elementwise or output.dim() < 3:
+            return d.unsqueeze(1)
+        positions = output[0].numel() // output.shape[axis]
+        return (d / positions).unsqueeze(1).expand(-1, positions)
+
+    def root(self, output: Tensor, target: object) -> Callable[[Tensor], Tensor]:
+        """The function z -> R z, shaped like the output, with R R' = S within each term of the loss (see `terms`).
+
+        Raises:
+            ValueError: a custom loss with too many outputs a sample, or one that is not convex in them.
+        """
+        values, vectors = self._spectrum(output, target)
+
+        def product(z: Tensor) -> Tensor:
+            scaled = z.reshape(z.shape[0], -1).double() * values.sqrt()
+            return torch.einsum("nij,nj->ni", vectors, scaled).reshape(z.shape).to(z.dtype)
+
+        return product
 
     def draw(self, output: Tensor, target: object, k: int, generator: torch.Generator) -> Tensor:
         """u, (K, *output.shape), with E[u u'] = S within each sample: pseudo-gradients of a Monte-Carlo Fisher."""
+        root = self.root(output, target)
+        normal = torch.randn(k, *output.shape, generator=generator, dtype=torch.float64).to(output.device)
+        return torch.stack([root(z).to(output.dtype) for z in normal]) if k else normal.to(output.dtype)
+
+    def _spectrum(self, output: Tensor, target: object) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (N, p), none below zero, and vectors (N, p, p) of every sample's Hessian in its p outputs, float64."""
         n, per = output.shape[0], output[0].numel() if output.shape[0] else 0
         if per > _MAX_DENSE:
             raise ValueError(
-                f"drawing from a custom loss needs its Hessian in the output, {per} x {per} a sample; at most {_MAX_DENSE} "
+                f"a custom loss's Fisher needs its Hessian in the output, {per} x {per} a sample; at most {_MAX_DENSE} "
                 f"outputs are supported: use mc_samples=0, or cross_entropy, mse_loss or binary_cross_entropy_with_logits"
             )
         basis = torch.eye(per, dtype=output.dtype, device=output.device).view(per, 1, *output.shape[1:])
@@ -133,9 +161,7 @@ class Loss:
                 f"the loss is not convex in the model's output (its Hessian has eigenvalue {float(values.min()):.3g}), so no "
                 f"distribution has it as its Fisher; use mc_samples=0"
             )
-        normal = torch.randn(k, n, per, generator=generator, dtype=torch.float64).to(output.device)
-        scaled = normal * values.clamp(min=0).sqrt()
-        return torch.einsum("nij,knj->kni", vectors, scaled).reshape(k, *output.shape).to(output.dtype)
+        return values.clamp(min=0), vectors
 
 
 def _doubled(item: object) -> object:

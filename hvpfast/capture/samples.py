@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,58 +49,79 @@ class Samples:
             self.shares = problem.loss.shares(output.detach(), one.target)
 
     def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:
-        """Rows (N, p) of the parameters that no rule covers: gradients vmapped over samples where the model allows it,
-        else the rows of the Jacobian of the samples' losses."""
-        if not rest:
-            return []
-        names = tuple(rest)
-        if names not in _warned:
-            _warned.add(names)
-            warnings.warn(
-                f"{self.problem.who}: no layer rule covers {', '.join(names[:6])}{' and more' if len(names) > 6 else ''}: "
-                f"their per-sample gradients come from autograd, which is exact and slower",
-                stacklevel=6,
-            )
-        reached = torch.autograd.grad(losses.sum(), list(rest.values()), retain_graph=True, allow_unused=True)
-        for name, slope in zip(names, reached, strict=True):
-            if slope is None:
-                raise ValueError(
-                    f"{self.problem.who}: no data reach parameter {name!r}: the loss does not depend on it; leave it out with "
-                    f"params="
-                )
-        n = losses.shape[0]
-        rows = self._vmapped(batch, rest)
-        whole = [slope.reshape(-1) for slope in reached]
-        if rows is None or not all(_adds_up(row, sum_, n) for row, sum_ in zip(rows, whole, strict=True)):
-            each = [
-                torch.autograd.grad(one, list(rest.values()), retain_graph=True, allow_unused=True) for one in losses
-            ]
-            zeros = [torch.zeros_like(p) for p in rest.values()]
-            each = [[z if g is None else g for g, z in zip(row, zeros, strict=True)] for row in each]
-            rows = [torch.stack(parts).reshape(n, -1) for parts in zip(*each, strict=True)]
+        def own(output: object, target: Tensor) -> Tensor:
+            return self.problem.loss.sample_losses(output, target.unsqueeze(0))[0]
+
+        what = "their per-sample gradients come from autograd, which is exact and slower"
+        rows = autograd_rows(self.problem, batch, losses, rest, own, batch.target, what)
         return [DenseSite(tuple(p.shape), row) for p, row in zip(rest.values(), rows, strict=True)]
 
-    def _vmapped(self, batch: Batch, rest: dict[str, Tensor]) -> list[Tensor] | None:
-        """(N, p) each, by torch.func.vmap(grad); None if the model or the inputs do not go through it."""
-        model, problem = self.problem.model, self.problem
-        if not all(x.dim() and x.shape[0] == batch.target.shape[0] for x in tensors_in(batch.inputs)):
-            return None
 
-        def own(values: dict[str, Tensor], inputs: object, target: Tensor) -> Tensor:
-            with torch.nn.utils.stateless._reparametrize_module(model, values, tie_weights=True):
-                output = problem.pick(call(model, _one(inputs)))
-            return problem.loss.sample_losses(output, target.unsqueeze(0))[0]
+def autograd_rows(
+    problem: Problem,
+    batch: Batch,
+    each: Tensor,
+    rest: dict[str, Tensor],
+    own: Callable[[object, Tensor], Tensor],
+    extra: Tensor,
+    what: str,
+) -> list[Tensor]:
+    """Gradients (N, p) of N scalars in the parameters that no rule covers: vmapped over samples where the model allows
+    it, else the rows of the Jacobian.
 
-        try:
-            detached = {name: p.detach() for name, p in rest.items()}
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")
-                grads = torch.func.vmap(torch.func.grad(own), in_dims=(None, 0, 0))(
-                    detached, batch.inputs, batch.target
-                )
-        except Exception:  # branches on values, in-place writes, no batching rule: the caller has another way
-            return None
-        return [grads[name].reshape(batch.target.shape[0], -1) for name in rest]
+    Args:
+        each: (N,) with the graph. own: (output of a batch of one, its entry of `extra`) -> the sample's scalar.
+        extra: (N, ...). what: said once, with the parameters' names, in a warning.
+
+    Raises:
+        ValueError: a parameter that the scalars do not depend on.
+    """
+    if not rest:
+        return []
+    names = tuple(rest)
+    if (what, *names) not in _warned:
+        _warned.add((what, *names))
+        warnings.warn(
+            f"{problem.who}: no layer rule covers {', '.join(names[:6])}{' and more' if len(names) > 6 else ''}: {what}",
+            stacklevel=7,
+        )
+    reached = torch.autograd.grad(each.sum(), list(rest.values()), retain_graph=True, allow_unused=True)
+    for name, slope in zip(names, reached, strict=True):
+        if slope is None:
+            raise ValueError(
+                f"{problem.who}: no data reach parameter {name!r}: the loss does not depend on it; leave it out with params="
+            )
+    n = each.shape[0]
+    rows = _vmapped(problem, batch, rest, own, extra)
+    whole = [slope.reshape(-1) for slope in reached]
+    if rows is None or not all(_adds_up(row, sum_, n) for row, sum_ in zip(rows, whole, strict=True)):
+        grads = [torch.autograd.grad(one, list(rest.values()), retain_graph=True, allow_unused=True) for one in each]
+        zeros = [torch.zeros_like(p) for p in rest.values()]
+        grads = [[z if g is None else g for g, z in zip(row, zeros, strict=True)] for row in grads]
+        rows = [torch.stack(parts).reshape(n, -1) for parts in zip(*grads, strict=True)]
+    return rows
+
+
+def _vmapped(
+    problem: Problem, batch: Batch, rest: dict[str, Tensor], own: Callable[[object, Tensor], Tensor], extra: Tensor
+) -> list[Tensor] | None:
+    """(N, p) each, by torch.func.vmap(grad); None if the model or the inputs do not go through it."""
+    n = extra.shape[0]
+    if not all(x.dim() and x.shape[0] == n for x in tensors_in(batch.inputs)):
+        return None
+
+    def scalar(values: dict[str, Tensor], inputs: object, its: Tensor) -> Tensor:
+        with torch.nn.utils.stateless._reparametrize_module(problem.model, values, tie_weights=True):
+            return own(problem.pick(call(problem.model, _one(inputs))), its)
+
+    try:
+        detached = {name: p.detach() for name, p in rest.items()}
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            grads = torch.func.vmap(torch.func.grad(scalar), in_dims=(None, 0, 0))(detached, batch.inputs, extra)
+    except Exception:  # branches on values, in-place writes, no batching rule: the caller has another way
+        return None
+    return [grads[name].reshape(n, -1) for name in rest]
 
 
 def _one(inputs: object) -> object:

@@ -7,6 +7,7 @@ the autograd graph, so that functional uses, parametrisations and checkpoints ar
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,6 +40,12 @@ class Call:
     normal: Normal
     doubtful: bool  # two axes have one extent, either may be the batch's
     samples: int  # extent of the batch's axis
+    extents: tuple[int, ...] = ()  # of the output, from its third axis on
+
+    @functools.cached_property
+    def kronecker(self) -> Normal:
+        """The normal form that Kronecker factors are made from."""
+        return self.normal if self.normal.kronecker is None else self.normal.kronecker(self.extents)
 
     def check(self) -> None:
         if self.x._version != self.version:
@@ -55,14 +62,20 @@ class Tape:
         self.calls: list[Call] = []
         self._model, self._watch = model, watch
 
-    def covered(self, output: Tensor, params: Sequence[Tensor]) -> list[bool]:
+    def covered(
+        self, output: Tensor, params: Sequence[Tensor], samples: int | None = None, folded: bool = False
+    ) -> list[bool]:
         """For each parameter, whether all its uses behind `output` are calls on this tape, with the batch first.
 
         Completes the tape with the projections of attention layers; ask once, before a backward pass frees the graph.
+
+        Args:
+            samples: N, where it is not the output's first extent. folded: take linear maps whatever their first axis is:
+                for statistics in which every row and position counts alike.
         """
         leaves = {get_gradient_edge(p).node: p for p in params}
         nodes, uses = graph_uses(output, leaves)
-        n = output.shape[0]
+        n = output.shape[0] if samples is None else samples
         for one in projections(self._model.named_modules(), nodes, leaves, n) if self._model is not None else ():
             call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, False, n)
             self.calls.append(call)
@@ -77,7 +90,8 @@ class Tape:
                     counts[id(p)] = counts.get(id(p), 0) + 1
                     if kinds.setdefault(id(p), kind) != kind:
                         doubtful.add(id(p))  # tied across different kinds of layers: no one rule has all of it
-            if call.samples != n or (call.doubtful and n > 1 and not self._batch_first(call, output)):
+            strict = not folded or call.normal.kind == "scale"
+            if strict and (call.samples != n or (call.doubtful and n > 1 and not self._batch_first(call, output))):
                 doubtful.update(mine)
         return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]
 
@@ -127,7 +141,8 @@ def recording(model: nn.Module, params: Sequence[Tensor], watch: Watch | None = 
             square = output.dim() > 2 and x.dim() > 1 and x.shape[0] == x.shape[1]
             doubtful = square and not isinstance(module, _BATCH_FIRST)
             edge = get_gradient_edge(output)
-            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, x.shape[0]))
+            extents = tuple(output.shape[2:])
+            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, x.shape[0], extents))
             if watch is not None:
                 watch(len(tape.calls) - 1, output)
 

@@ -20,6 +20,8 @@ class CrossEntropy(Loss):
     Row by row its Hessian is `w (diag p - p p')`, where w is the total weight on the row's (smoothed) target over D.
     """
 
+    joint = False
+
     def __init__(self, function: Callable, reduction: str, weight=None, ignore_index=-100, label_smoothing=0.0):
         super().__init__(function, reduction)
         self.weight, self.ignore_index, self.label_smoothing = weight, ignore_index, label_smoothing
@@ -70,14 +72,15 @@ class CrossEntropy(Loss):
 
         return product
 
-    def root(self, output: Tensor, target: Tensor) -> Tensor | None:
+    def terms(self, output: Tensor, target: Tensor, axis: int) -> Tensor:
         self._fits(output, target)
-        if output.dim() != 2:
-            return None
-        p = torch.softmax(output.detach(), 1)
-        rows = self._scaled_rows(output.detach(), target).sqrt()
-        units = torch.eye(p.shape[1], dtype=p.dtype, device=p.device).unsqueeze(1)
-        return (units - p) * (p.sqrt() * rows.unsqueeze(1)).T.unsqueeze(2)  # sqrt(w p_k) (e_k - p)
+        return self._row_weights(output, target)[1].double().reshape(output.shape[0], -1)
+
+    def root(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        self._fits(output, target)
+        half = torch.softmax(output.detach(), 1).sqrt()
+        rows = self._scaled_rows(output.detach(), target).sqrt().unsqueeze(1)
+        return lambda z: rows * half * (z - half * (half * z).sum(1, keepdim=True))  # sqrt(w) (diag p^1/2 - p p^1/2')
 
     def draw(self, output: Tensor, target: Tensor, k: int, generator: torch.Generator) -> Tensor:
         self._fits(output, target)
@@ -101,6 +104,8 @@ class CrossEntropy(Loss):
 class MeanSquaredError(Loss):
     """`torch.nn.functional.mse_loss`: Hessian 2 / D in every output; a mean is over all elements."""
 
+    joint = False
+
     def __init__(self, function: Callable, reduction: str):
         super().__init__(function, reduction, elementwise=True)
 
@@ -117,9 +122,9 @@ class MeanSquaredError(Loss):
         scale = self._scale(output)
         return lambda v: v * scale
 
-    def root(self, output: Tensor, target: Tensor) -> Tensor | None:
+    def root(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
         _same_shape("mse_loss", output, target)
-        return _diagonal_root(output, torch.full_like(output, self._scale(output)))
+        return lambda z: z * self._scale(output) ** 0.5
 
     def draw(self, output: Tensor, target: Tensor, k: int, generator: torch.Generator) -> Tensor:
         _same_shape("mse_loss", output, target)
@@ -129,6 +134,8 @@ class MeanSquaredError(Loss):
 
 class BinaryCrossEntropy(Loss):
     """`torch.nn.functional.binary_cross_entropy_with_logits`: Hessian `w s (1 - s)` in every output, s the sigmoid."""
+
+    joint = False
 
     def __init__(self, function: Callable, reduction: str, weight=None, pos_weight=None):
         super().__init__(function, reduction, elementwise=True)
@@ -160,8 +167,9 @@ class BinaryCrossEntropy(Loss):
         diagonal = self._curvature(output, target)
         return lambda v: v * diagonal
 
-    def root(self, output: Tensor, target: Tensor) -> Tensor | None:
-        return _diagonal_root(output, self._curvature(output, target))
+    def root(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        half = self._curvature(output, target).sqrt()
+        return lambda z: z * half
 
     def draw(self, output: Tensor, target: Tensor, k: int, generator: torch.Generator) -> Tensor:
         s = torch.sigmoid(output.detach().double())
@@ -196,19 +204,11 @@ class NegativeLogLikelihood(CrossEntropy):
             "CrossEntropyLoss, which is the same loss"
         )
 
-    def root(self, output: Tensor, target: Tensor) -> Tensor | None:
+    def root(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
         return self.hessian(output, target)
 
     def draw(self, output: Tensor, target: Tensor, k: int, generator: torch.Generator) -> Tensor:
         return self.hessian(output, target)
-
-
-def _diagonal_root(output: Tensor, diagonal: Tensor) -> Tensor | None:
-    """Columns sqrt(diagonal_k) e_k for outputs (N, C)."""
-    if output.dim() != 2:
-        return None
-    units = torch.eye(output.shape[1], dtype=output.dtype, device=output.device).unsqueeze(1)
-    return units * diagonal.sqrt()
 
 
 def _same_shape(name: str, output: Tensor, target: Tensor) -> None:

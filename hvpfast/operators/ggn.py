@@ -159,8 +159,12 @@ class GGN(OutputCurvature):
         if self.mc_samples == 0:
             # Block by block, the Jacobian's tangents would be pushed through the network once a block: S's exact root,
             # a column a class, is captured instead where it is small.
-            root = self.problem.loss.root(output, evaluated.batch.target) if self._blocks is not None else None
-            return None if root is None or len(root) > _MOST_ROOTS else (root.detach(), root.new_ones(root.shape[1]))
+            loss = self.problem.loss
+            if self._blocks is None or loss.joint or output.dim() != 2 or output.shape[1] > _MOST_ROOTS:
+                return None
+            root = loss.root(output, evaluated.batch.target)
+            u = torch.stack([root(z.expand_as(output)) for z in torch.eye(output.shape[1]).to(output)]).detach()
+            return u, u.new_ones(u.shape[1])
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + evaluated.batch.index) % (1 << 63))
         u = self.problem.loss.draw(output, evaluated.batch.target, self.mc_samples, generator).detach()
         return u, u.new_full((u.shape[1],), 1 / self.mc_samples)

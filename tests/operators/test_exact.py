@@ -157,14 +157,15 @@ def test_deep_linear_network_has_hessian_equal_to_ggn_only_at_zero_residual():
 
 
 @pytest.mark.parametrize(
-    "loss_name", ["all options", "all options, sum", "probabilities", "mse", "bce", "bce, weighted, sum"]
+    "loss_name", ["all options", "all options, sum", "probabilities", "mse", "bce", "bce, weighted, sum", "custom"]
 )
 def test_roots_of_the_losses(loss_name):
-    """sum_k R_k R_k' is the loss's Hessian in the output, within each sample."""
+    """R R' is the loss's Hessian in the output, within each sample."""
     build, targets = LOSSES[loss_name]
     torch.manual_seed(0)
     output, target, loss = torch.randn(6, 4, dtype=torch.float64), targets(6, 4), build(4)
-    root = hf.capture.torch_losses.as_loss(loss, "test").root(output, target)
+    product = hf.capture.torch_losses.as_loss(loss, "test").root(output, target)
+    root = torch.stack([product(z.expand_as(output)) for z in torch.eye(4, dtype=torch.float64)])
     truth = torch.autograd.functional.hessian(lambda f: loss(f, target), output)
     got = torch.einsum("knc,knd->ncd", root, root)
     assert relative(got, truth[torch.arange(6), :, torch.arange(6)]) < 1e-12

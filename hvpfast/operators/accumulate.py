@@ -1,0 +1,243 @@
+"""Sums over batches and columns that become the factors of a block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hvpfast import ops
+from hvpfast.capture import kronecker
+from hvpfast.capture.units import Layout, Unit
+from hvpfast.operators.factor import Dense, Diagonal, Factor, Thin
+from hvpfast.operators.sweep import Run, Sweep
+
+# Features beyond which a factor is kept as its diagonal: a language model's vocabulary would need terabytes.
+LARGEST_FACTOR = 16384
+# Numbers up to which the block of a norm layer, or of parameters without a rule, is kept whole; its diagonal beyond.
+LARGEST_BLOCK = 512
+
+
+class KroneckerSums:
+    """A and G of a unit. A is the mean over rows (samples and positions, each counted as the loss counts it), G the sum
+    over rows and columns of the loss's own share: where they do not depend on each other, G (x) A is the block.
+
+    Args:
+        single: whether there is one batch only, so that few rows may stand for their Gram matrix.
+    """
+
+    def __init__(self, unit: Unit, run: Run, approx: str, single: bool, dtype: torch.dtype, device: torch.device):
+        self.unit, self.layout, self.approx = unit, unit.layout, approx
+        self.weight, self.ones = self.layout.weight is not None, self.layout.bias is not None
+        self._totals = [
+            None if thin else torch.zeros(shape, dtype=dtype, device=device)
+            for shape, thin in self._shapes(unit, run, approx, single)
+        ]
+        self._whole = (run.total, run.weight)  # of a single batch, the only one that rows are kept of
+        self._rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._column: Tensor | None = None
+        self.reached = False
+
+    @staticmethod
+    def _shapes(unit: Unit, run: Run, approx: str, single: bool) -> list[tuple[tuple[int, ...], bool]]:
+        """Of A and of G: the shape kept, and whether it is rows (B, R, I) that stand for their Gram matrix."""
+        layout: Layout = unit.layout
+        rows = run.samples if approx == "reduce" else run.rows(unit)
+        shapes = []
+        for size, many, lookup in (
+            (layout.inputs, rows, layout.kind == "rows"),
+            (layout.outputs, rows * run.columns, False),
+        ):
+            if lookup or size > LARGEST_FACTOR:
+                shapes.append(((layout.groups, size), False))
+            elif single and 0 < 2 * many <= size:
+                shapes.append(((layout.groups, many, size), True))
+            else:
+                shapes.append(((layout.groups, size, size), False))
+        return shapes
+
+    @classmethod
+    def numbers(cls, unit: Unit, run: Run, approx: str, single: bool) -> int:
+        """How many numbers the factors hold."""
+        return sum(math.prod(shape) for shape, _ in cls._shapes(unit, run, approx, single))
+
+    def add_inputs(self, run: Run) -> None:
+        """The inputs of every call in this batch."""
+        rows, numbers = run.rows(self.unit), self.unit.calls
+        if self.approx == "reduce" and len(numbers) > 1:
+            self._add_reduced_inputs(run, rows)
+            return
+        for number in numbers:
+            call = run.tape.calls[number]
+            normal, samples = call.kronecker, call.samples
+            w, alpha = run.weights(number)
+            if self.approx == "reduce":
+                if w is not None and w.dim() == 2:
+                    w, alpha = w.sum(1), float(samples)
+                alpha = alpha / samples
+            else:
+                alpha = alpha / rows
+            self._add_input(normal, samples, w, alpha)
+
+    def _add_input(self, normal, samples: int, w: Tensor | None, alpha: float) -> None:
+        total, arguments = self._totals[0], (self.approx, self.weight, self.ones, w)
+        if total is None:
+            scale = (alpha / self._whole[0]) ** 0.5
+            self._rows[0].append(kronecker.input_rows(normal, *arguments, scale=scale))
+        elif total.dim() == 2:
+            kronecker.add_input_squares(total, normal, samples, *arguments, alpha)
+        else:
+            kronecker.add_input_gram(total, normal, samples, *arguments, alpha)
+
+    def _add_reduced_inputs(self, run: Run, rows: int) -> None:
+        """A layer with several calls: the mean over the positions of all."""
+        mean: Tensor | None = None
+        for number in self.unit.calls:
+            call = run.tape.calls[number]
+            normal = call.kronecker
+            part = kronecker.input_rows(normal, "reduce", self.weight, self.ones, None)
+            part = part * (call.samples * normal.positions / rows)
+            mean = part if mean is None else mean + part
+        w, alpha = run.weights(self.unit.calls[0])
+        if w is not None:
+            w = w if w.dim() == 1 else w.sum(1)
+            mean, alpha = mean * w.to(mean.dtype).sqrt().reshape(1, -1, 1), float(run.samples)
+        self._add_rows(0, mean, alpha / run.samples)
+
+    def add_outputs(self, run: Run, number: int, grad: Tensor) -> None:
+        """The gradient of one column at one call's output."""
+        self.reached = True
+        normal = run.tape.calls[number].kronecker
+        if self.approx == "reduce" and len(self.unit.calls) > 1:
+            rows = kronecker.output_rows(normal, grad, "reduce")
+            self._column = rows if self._column is None else self._column + rows
+            return
+        total = self._totals[1]
+        if total is None:
+            self._add_rows(1, kronecker.output_rows(normal, grad, self.approx), run.weight)
+        elif total.dim() == 2:
+            kronecker.add_output_squares(total, normal, grad, self.approx, run.weight)
+        else:
+            kronecker.add_output_gram(total, normal, grad, self.approx, run.weight)
+
+    def end_column(self, run: Run) -> None:
+        if self._column is not None:
+            self._add_rows(1, self._column, run.weight)
+            self._column = None
+
+    def _add_rows(self, side: int, rows: Tensor, alpha: float) -> None:
+        """Rows (B, R, size) of the input (0) or output (1) factor."""
+        total = self._totals[side]
+        if total is None:
+            self._rows[side].append(rows * (alpha / self._whole[side]) ** 0.5)
+        elif total.dim() == 2:
+            total.add_(rows.square().sum(1), alpha=alpha)
+        else:
+            for one, out in zip(rows, total, strict=True):
+                ops.gram(one, out=out, alpha=alpha, beta=1.0)
+
+    def finish(self, terms: float, weight: float) -> tuple[Factor, Factor]:
+        """A over the sum of the terms' shares, G over the batches' total weight."""
+        made: list[Factor] = []
+        for total, rows, scale in zip(self._totals, self._rows, (1 / terms, 1 / weight), strict=True):
+            if total is None:
+                made.append(Thin(rows[0] if len(rows) == 1 else torch.cat(rows, 1)))
+            else:
+                made.append((Diagonal if total.dim() == 2 else Dense)(total.mul_(scale)))
+        return made[0], made[1]
+
+
+class RowSums:
+    """The block of a norm layer, or of parameters that no rule covers: the second moment of its rows, whole if small."""
+
+    def __init__(self, unit: Unit, size: int, dtype: torch.dtype, device: torch.device):
+        self.unit, self.total = unit, torch.zeros(self._shape(size), dtype=dtype, device=device)
+
+    @staticmethod
+    def _shape(size: int) -> tuple[int, ...]:
+        return (size, size) if size <= LARGEST_BLOCK else (size,)
+
+    @classmethod
+    def numbers(cls, size: int) -> int:
+        """How many numbers the block of `size` parameters holds."""
+        return math.prod(cls._shape(size))
+
+    def add(self, rows: Tensor, alpha: float) -> None:
+        """rows (N, p)"""
+        if self.total.dim() == 2:
+            ops.gram(rows, out=self.total, alpha=alpha, beta=1.0)
+        else:
+            self.total.add_(rows.to(self.total.dtype).square().sum(0), alpha=alpha)
+
+    def finish(self, weight: float) -> Tensor:
+        return self.total.div_(weight)
+
+
+def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerSums], list[RowSums], float, float]:
+    """One pass over the data: the sums of every block, what all terms count together, and the batches' total weight.
+
+    `single`: whether few rows may stand for a factor. Raises ValueError for a parameter that no data reach.
+    """
+    problem, sums, rows = sweep.problem, [], []
+    dtype, device = ops.accumulate_dtype(problem.space.dtype), problem.space.device
+    terms, weights = 0.0, []
+    for run in sweep:
+        if not weights:
+            sums = [
+                KroneckerSums(unit, run, approx, single, dtype, device) for unit in run.units if unit.layout is not None
+            ]
+            rows = [
+                RowSums(unit, sum(problem.params[name].numel() for name in unit.names), dtype, device)
+                for unit in run.units
+                if unit.layout is None
+            ]
+        terms += run.total
+        weights.append(run.weight)
+        for one in sums:
+            one.add_inputs(run)
+        if sweep.fisher_type == "forward-only":
+            for one in rows:
+                one.add(_forward_only_rows(run, one.unit, problem.params), run.weight)
+        else:
+            _pull(run, sums, rows)
+    for one in sums:
+        if not one.reached and sweep.fisher_type != "forward-only":
+            raise ValueError(
+                f"{problem.who}: no data reach parameter {one.unit.names[0]!r}: the loss does not depend on it, in any batch; "
+                f"leave it out with params="
+            )
+    return sums, rows, terms, problem.batches_total(weights)
+
+
+def _pull(run: Run, sums: Sequence[KroneckerSums], rows: Sequence[RowSums]) -> None:
+    of_call: dict[int, list[KroneckerSums]] = {}
+    for one in sums:
+        for number in one.unit.calls:
+            of_call.setdefault(number, []).append(one)
+    of_names = {one.unit.names: one for one in rows}
+
+    def receive(number: int, grad: Tensor) -> None:
+        for one in of_call[number]:
+            one.add_outputs(run, number, grad)
+
+    def receive_rows(unit: Unit, some: Tensor) -> None:
+        of_names[unit.names].add(some, run.weight)
+
+    def done() -> None:
+        for one in sums:
+            one.end_column(run)
+
+    run.pull(receive, receive_rows, done)
+
+
+def _forward_only_rows(run: Run, unit: Unit, params: Mapping[str, Tensor]) -> Tensor:
+    """(p, p): FOOF's G is the identity, so a scale's block is the mean square of what it multiplies and a shift's is 1:
+    rows with that second moment."""
+    values = []
+    for name in unit.names:
+        p, calls = params[name], [run.tape.calls[i] for i in unit.calls]
+        inputs = [call.normal.inputs().flatten(0, 2) for call in calls if call.weight is p]
+        values.append(torch.cat(inputs).square().mean(0) if inputs else torch.ones_like(p.detach()).reshape(-1))
+    return torch.cat(values).sqrt().diag()
