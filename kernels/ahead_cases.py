@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import triton
 
-from . import gram, moments, products
+from . import gram, moments, products, sample_dots, sample_grads, sample_gram
 from . import sample_norms_squared as norms
 from .tiles import Tile
 
@@ -154,17 +154,92 @@ def _product_cases() -> Iterator[Case]:
             types = {"x_ptr": POINTERS[dtype], "y_ptr": POINTERS[DTYPE[name]], "out_ptr": "*fp32"}
             constants = {"PRECISION": name, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
             constants |= {"stride_xk": 1, "stride_yc": 1, "stride_c": 1}
-            has_odd = f"{name}-odd" in products.TILES
-            for variant in ("odd",) if key != name else ("even", "ragged") if has_odd else ("even", "odd"):
+            for variant in _variants(products.TILES, key):
                 yield Case(
                     "product", dtype, _label(name, tile, variant), products._product_kernel, types,
                     constants | {"EVEN": variant == "even"}, () if variant == "odd" else known, tile, name != "ieee",
                 )  # fmt: skip
 
 
+def _variants(table: dict, key: str) -> tuple[str, ...]:
+    """The variants of a table's row, some of which "-odd" rows may have taken over."""
+    if key.endswith("-odd"):
+        return ("odd",)
+    return ("even", "ragged") if f"{key}-odd" in table else ("even", "odd")
+
+
+def _grads_cases() -> Iterator[Case]:
+    units, known = (
+        {"stride_ai": 1, "stride_go": 1, "stride_i": 1},
+        (*_PAIR, "stride_m", "stride_o", "t_all", "i_all", "o_all"),
+    )
+    for key, tile in sample_grads.TILES.items():
+        product = key.removesuffix("-odd")
+        if product == "outer":
+            for dtype in ("bf16", "fp32"):
+                types = {"a_ptr": POINTERS[dtype], "g_ptr": POINTERS[dtype], "out_ptr": "*fp32"}
+                sides = {"SIDE_O": tile.side, "SIDE_I": tile.depth}
+                yield Case(
+                    "grads-outer", dtype, "even", sample_grads._outer_kernel, types, units | sides, known, tile, False
+                )
+            continue
+        types = {"a_ptr": POINTERS[DTYPE[product]], "g_ptr": POINTERS[DTYPE[product]], "out_ptr": "*fp32"}
+        constants = {
+            "PRECISION": product,
+            "SIDE_O": tile.side,
+            "SIDE_I": tile.side,
+            "DEPTH": tile.depth,
+            "CHUNK": tile.chunk,
+        }
+        for variant in _variants(sample_grads.TILES, key):
+            yield Case(
+                "grads", DTYPE[product], _label(product, tile, variant), sample_grads._grads_kernel, types,
+                constants | units | {"EVEN": variant == "even"}, () if variant == "odd" else known, tile, product != "ieee",
+            )  # fmt: skip
+
+
+def _dots_cases() -> Iterator[Case]:
+    units, known = (
+        {"stride_ai": 1, "stride_go": 1, "stride_wi": 1},
+        ("stride_ap", "stride_gp", "stride_wd", "stride_wo", "i_all", "o_all"),
+    )
+    for key, tile in sample_dots.TILES.items():
+        product = key.removesuffix("-odd")
+        types = dict.fromkeys(("a_ptr", "g_ptr", "w_ptr"), POINTERS[DTYPE[product]]) | {"part_ptr": "*fp32"}
+        constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
+        for variant in _variants(sample_dots.TILES, key):
+            yield Case(
+                "dots", DTYPE[product], _label(product, tile, variant), sample_dots._dots_kernel, types,
+                constants | units | {"EVEN": variant == "even"}, () if variant == "odd" else known, tile, product != "ieee",
+            )  # fmt: skip
+
+
+def _sample_gram_cases() -> Iterator[Case]:
+    both = (*_PAIR, *(f"stride_{x}" for x in ("bn", "bt", "bi", "hm", "ht", "ho")))
+    for key, tile in sample_gram.TILES.items():
+        product = key.removesuffix("-odd")
+        types = dict.fromkeys(("a_ptr", "g_ptr", "a2_ptr", "g2_ptr"), POINTERS[DTYPE[product]]) | {"out_ptr": "*fp32"}
+        constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
+        constants |= dict.fromkeys(("stride_ai", "stride_go", "stride_bi", "stride_ho", "stride_l"), 1)
+        for symmetric, positions in ((True, 1), (False, 8)):
+            for variant in _variants(sample_gram.TILES, key):
+                flags = {
+                    "SYMMETRIC": symmetric,
+                    "POSITIONS": positions,
+                    "POSITIONS_2": positions,
+                    "EVEN": variant == "even",
+                }
+                yield Case(
+                    "sample-gram", DTYPE[product], _label(product, tile, f"{positions}p", variant), sample_gram._pairs_kernel,
+                    types, constants | flags, () if variant == "odd" else (*both, "i_all", "o_all", "stride_m"), tile,
+                    product != "ieee",
+                )  # fmt: skip
+
+
 def cases() -> list[Case]:
     """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
-    plain = [*_gram_cases(), *_norms_cases(), *_moments_cases(), *_product_cases()]
+    made = (_gram_cases, _norms_cases, _moments_cases, _product_cases, _grads_cases, _dots_cases, _sample_gram_cases)
+    plain = [case for make in made for case in make()]
     return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
 
 

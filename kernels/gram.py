@@ -29,6 +29,7 @@ TILES: dict[str, tuple[tuple[float, float, Tile], ...]] = {
     "exact-odd": ((math.inf, math.inf, Tile(64, 64, 8, 3, 16)),),
     "bf16": ((512, math.inf, Tile(64, 16, 4, 4, 64)), (math.inf, math.inf, Tile(128, 16, 8, 4, 64))),
     "bf16x3": ((512, math.inf, Tile(64, 16, 4, 4, 64)), (math.inf, math.inf, Tile(128, 16, 8, 4, 64))),
+    "bf16x6": ((math.inf, math.inf, Tile(64, 16, 8, 3, 64)),),
     "ieee": ((math.inf, math.inf, Tile(64, 16, 4, 3, 64)),),
 }
 SQUARE = 32  # side of what one program of the second launch adds up

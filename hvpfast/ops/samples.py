@@ -18,7 +18,7 @@ def _check_sample_grads(a, g, *, out=None):
         output("sample_grads", out, (g.shape[0], g.shape[2], a.shape[2]), a)
 
 
-@op(check=_check_sample_grads, backends=("cpu",))
+@op(check=_check_sample_grads, backends=("cpu", "triton"))
 def sample_grads(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
     """Per-sample gradients of a linear map's weight: row m is `g_m' a_m`, summed over the T positions.
 
@@ -90,7 +90,7 @@ def _check_sample_dots(a, g, w):
         )
 
 
-@op(check=_check_sample_dots)
+@op(check=_check_sample_dots, backends=("triton",))
 def sample_dots(a: Tensor, g: Tensor, w: Tensor) -> Tensor:
     """Inner products of the per-sample gradients with directions, `<g_m' a_m, w>`, without an (M, O, I) array.
 
@@ -219,7 +219,7 @@ def _check_sample_gram(a, g, a2=None, g2=None):
             )
 
 
-@op(check=_check_sample_gram, backends=("cpu",))
+@op(check=_check_sample_gram, backends=("cpu", "triton"))
 def sample_gram(a: Tensor, g: Tensor, a2: Tensor | None = None, g2: Tensor | None = None) -> Tensor:
     """Inner products of per-sample gradients, `<g_m' a_m, g2_l' a2_l>`: a layer's part of the tangent kernel.
 
