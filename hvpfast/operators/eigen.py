@@ -137,7 +137,7 @@ def eigendecompose(
     A `Diagonal` factor is its own decomposition. A `Thin` one goes through the (r, r) Gram matrix of its rows in
     float64 (measured on 2 cores, r = 1024 of I = 4608, float32: 0.20 s, where a dense eigh takes seconds), unless r is
     more than 0.7 I; directions whose eigenvalue is below 8 eps max(values) are left out or get the value 0.
-    The others take `torch.linalg.eigh`, small ones spread over the cores, one matrix each.
+    The others take `torch.linalg.eigh`.
 
     With `previous`, Q'AQ is looked at in the earlier basis Q first. Off-diagonal mass of at most `tolerance`, relative
     to |A|_F, keeps Q, with the diagonal as values (one matrix product). More than that, but such that first-order

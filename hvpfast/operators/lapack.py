@@ -1,17 +1,11 @@
-"""`torch.linalg.eigh` for many matrices: over the cores, checked, and again in float64 where it fails."""
+"""`torch.linalg.eigh` for many matrices: checked, and again in float64 where it fails."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-
-# Measured on 2 cores, float32, one matrix a thread against torch's batched call, which takes one after the other:
-# 48 x 64: 1.7x, 16 x 256: 1.4x, 8 x 512: 1.4x, 4 x 1024: 1.1x.
-ONE_THREAD_UP_TO = 768
-PIECES = 4  # a thread; so that none waits long for another's last
 
 
 def eigh_all(stacks: Sequence[Tensor], owners: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
@@ -23,29 +17,7 @@ def eigh_all(stacks: Sequence[Tensor], owners: Sequence[Sequence[int]]) -> list[
     Raises:
         ValueError: neither the matrix's dtype nor float64 gave a decomposition that fits it.
     """
-    threads = torch.get_num_threads()
-    small = [i for i, a in enumerate(stacks) if a.is_cpu and a.shape[-1] <= ONE_THREAD_UP_TO]
-    if threads == 1 or sum(stacks[i].shape[0] for i in small) < 2:
-        small = []
-    results = [None if i in small else _eigh(a, owners[i]) for i, a in enumerate(stacks)]
-    if not small:
-        return results
-    jobs = []  # the costly ones first
-    for i in sorted(small, key=lambda i: -stacks[i].shape[-1]):
-        count = stacks[i].shape[0]
-        step = -(-count // (threads * PIECES))
-        jobs += [(i, slice(start, start + step)) for start in range(0, count, step)]
-    # Threads of this call only: they would not survive a fork. What they set for themselves, PyTorch also notes for
-    # threads yet to start: hence the last line.
-    try:
-        with ThreadPoolExecutor(min(threads, len(jobs)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            done = list(pool.map(lambda job: _eigh(stacks[job[0]][job[1]], owners[job[0]][job[1]]), jobs))
-    finally:
-        torch.set_num_threads(threads)
-    for i in small:
-        parts = [part for (j, _), part in zip(jobs, done, strict=True) if j == i]
-        results[i] = tuple(torch.cat(x) for x in zip(*parts, strict=True)) if len(parts) > 1 else parts[0]
-    return results
+    return [_eigh(a, owner) for a, owner in zip(stacks, owners, strict=True)]
 
 
 def _eigh(a: Tensor, owners: Sequence[int]) -> tuple[Tensor, Tensor]:

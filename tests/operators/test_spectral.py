@@ -194,23 +194,6 @@ def test_batched_is_one_by_one():
         torch.testing.assert_close(found.dense(), alone.dense(), rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_matrices_over_threads(threads):
-    factors = [Dense(randn(b, n, n + 2, seed=i) @ randn(b, n, n + 2, seed=i).mT) for i, (b, n) in enumerate(SHAPES)]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        found = eigendecompose(factors)
-        assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    for factor, one in zip(factors, found, strict=True):
-        check_eigen(one, factor, 1e-12)
-
-
-SHAPES = [(1, 5), (2, 5), (1, 33), (30, 3), (1, 5), (1, 1), (7, 12)]
-
-
 @pytest.mark.parametrize("low", [1.0, 1e-2, 1e-4, 1e-6])
 def test_float32_rows_give_orthonormal_vectors(low):
     factor = scaled_rows(1, 40, 150, low).to(torch.float32)
