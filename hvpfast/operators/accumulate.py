@@ -193,6 +193,9 @@ def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerS
                 for unit in run.units
                 if unit.layout is None
             ]
+        units = {unit.names: unit for unit in run.units}
+        for one in (*sums, *rows):
+            one.unit = units[one.unit.names]  # the same block; its calls may be others
         terms += run.total
         weights.append(run.weight)
         for one in sums:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hvpfast.arguments import accumulate_dtype
 from hvpfast.capture.units import Layout
 from hvpfast.operators.factor import Dense, Diagonal, Factor
 from hvpfast.operators.linear import LinearOperator
@@ -196,8 +197,7 @@ class RowBlock(Decomposed):
         self._spectrum: tuple[Tensor, Tensor] | None = None
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:
-        flat = torch.cat([part.flatten(1) for part in parts], 1)
-        return flat.to(torch.promote_types(flat.dtype, self.values.dtype))
+        return torch.cat([part.flatten(1) for part in parts], 1)
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         pieces = flat.split([shape.numel() for shape in self.shapes], 1)
@@ -215,15 +215,14 @@ class RowBlock(Decomposed):
 
     def product(self, parts: Sequence[Tensor]) -> list[Tensor]:
         flat = self._flat(parts)
-        return self._parts(flat * self.values if self.values.dim() == 1 else flat @ self.values.to(flat.dtype))
+        return self._parts(flat * self.values if self.values.dim() == 1 else flat @ self.values)
 
     def apply(self, f: Function, parts: Sequence[Tensor]) -> list[Tensor]:
         flat = self._flat(parts)
         if self.values.dim() == 1:
             return self._parts(flat * f(self.values))
         values, vectors = self.spectrum
-        vectors = vectors.to(flat.dtype)
-        return self._parts((flat @ vectors * f(values.to(flat.dtype))) @ vectors.T)
+        return self._parts((flat @ vectors * f(values)) @ vectors.T)
 
     def function_diagonal(self, f: Function) -> list[Tensor]:
         if self.values.dim() == 1:
@@ -267,11 +266,13 @@ class BlockDiagonal(LinearOperator):
         return list(self._blocks())
 
     def _rows(self, rows: Tensor) -> Tensor:
-        parts = dict(zip(self.space.names, self.space.split(rows), strict=True))
+        k, wide = rows.shape[0], rows.to(accumulate_dtype(self.dtype))  # the factors' dtype
+        pieces = zip(self.space.names, wide.split(self.space.sizes, 1), self.space.shapes, strict=True)
+        parts = {name: piece.reshape(k, *shape) for name, piece, shape in pieces}
         results: dict[str, Tensor] = {}
         for block in self._blocks():
             results.update(zip(block.names, block.product([parts[name] for name in block.names]), strict=True))
-        return self.space.join([results[name] for name in self.space.names], rows.shape[0], rows.dtype)
+        return self.space.join([results[name] for name in self.space.names], k, rows.dtype)
 
     def trace(self) -> Tensor:
         """The exact trace, a float64 scalar."""
