@@ -16,8 +16,10 @@ from hvpfast.operators.lapack import eigh_all, rounding, skewness
 
 TOLERANCE = 1e-2  # off-diagonal mass of Q'AQ, relative to |A|, up to which an earlier basis still serves
 MAX_ANGLE = 0.25  # a pair of directions that would turn by more is left to a full decomposition
-REFINE_FROM = 512  # measured: below this size a refinement's five products take as long as an eigh
-THIN_UP_TO = 0.7  # measured: with more rows than this share of the features, the dense route is as fast
+REFINE_UP_TO = (
+    512  # on a CPU, measured against eigh: 1.7x at 256, 1.4x at 512, 0.5x at 1024; on a GPU any size (not measured)
+)
+THIN_UP_TO = 0.7  # measured, I = 256 and 1024: 1.5x and 1.9x over the dense route at r = I / 2, 1.0x here, 0.7x at 0.85
 
 
 @dataclass
@@ -135,14 +137,15 @@ def eigendecompose(
     """Eigenvalues and orthonormal eigenvectors of every factor; equal shapes go through in one batch.
 
     A `Diagonal` factor is its own decomposition. A `Thin` one goes through the (r, r) Gram matrix of its rows in
-    float64 (measured on 2 cores, r = 1024 of I = 4608, float32: 0.20 s, where a dense eigh takes seconds), unless r is
+    float64 (measured on 2 cores, r = 1024 of I = 4608, float32: 0.23 s, where the dense route takes 3.0 s), unless r is
     more than 0.7 I; directions whose eigenvalue is below 8 eps max(values) are left out or get the value 0.
     The others take `torch.linalg.eigh`.
 
     With `previous`, Q'AQ is looked at in the earlier basis Q first. Off-diagonal mass of at most `tolerance`, relative
-    to |A|_F, keeps Q, with the diagonal as values (one matrix product). More than that, but such that first-order
-    turns of pairs by less than 0.25 each are predicted to remove it: these turns (five products in all), then the mass
-    is measured again. Else a full decomposition. `Eigen.route` tells which; keep or refine means that A is
+    to |A|_F, keeps Q, with the diagonal as values (one matrix product: 3.5 to 7 times as fast as an eigh, measured at
+    256 to 2048). More than that, but such that first-order turns of pairs by less than 0.25 each are predicted to
+    remove it: these turns (five products in all; up to size 512 on a CPU), then the mass is measured again. Else a
+    full decomposition. `Eigen.route` tells which; keep or refine means that A is
     Q diag(values) Q' to within `tolerance`, with Q orthonormal to 1e-3 `tolerance`; a full decomposition, to rounding.
 
     Args:
@@ -272,7 +275,7 @@ def _warm(batch: list[int], dense: dict[int, Tensor], previous: Sequence[Eigen],
         worst, basis = float(off.max()), previous[index].vectors
         if worst <= tolerance:
             found[index] = Eigen(v.clamp_min(0), basis, basis.shape[-1], "kept", worst)
-        elif basis.shape[-1] >= REFINE_FROM:
+        elif basis.shape[-1] <= REFINE_UP_TO or not basis.is_cpu:
             refined = _refine(dense[index], basis, aq, tolerance)
             if refined is not None:
                 found[index] = refined

@@ -170,7 +170,8 @@ def newton_schulz_inverses(
     `iterations` are enough for condition numbers (max(values) + d) / d up to about 2^(iterations - 4) (root 1) or
     2^(iterations - 6); a factor beyond that is returned inaccurate: nothing is checked, so that nothing waits.
 
-    On a CPU this loses to `cholesky_inverses`, which is therefore the default there.
+    On a CPU this loses to `cholesky_inverses`, the one to take there: 45 ms against 1.3 ms for one 256 x 256, 290 ms
+    against 22 ms for 1024 x 1024 (2 cores, float32, 20 iterations). On a GPU it has not been measured.
 
     Args:
         factors, damping: as in `cholesky_inverses`; d must be > 0 for a singular factor. root: 1, 2 or 4.

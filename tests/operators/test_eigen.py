@@ -13,7 +13,6 @@ from hvpfast.operators.spectral import (
     eigendecompose,
 )
 
-
 # Factors --------------------------------------------------------------------------------------------------------------
 
 
@@ -236,8 +235,7 @@ def test_offdiagonal_mass_is_what_it_says():
     assert relative(found.dense(), moved.dense()) == pytest.approx(found.offdiagonal, rel=1e-9)
 
 
-def test_refined_basis(monkeypatch):
-    monkeypatch.setattr(eigen, "REFINE_FROM", 0)
+def test_refined_basis():
     first = separated(24)
     before = eigendecompose([first])
     moved = nudged(first, 5e-4)
@@ -253,8 +251,14 @@ def test_refined_basis(monkeypatch):
     check_eigen(again, moved, 1e-12)
 
 
-def test_far_basis_is_computed_anew(monkeypatch):
-    monkeypatch.setattr(eigen, "REFINE_FROM", 0)
+def test_large_bases_are_not_refined_where_that_is_slower(monkeypatch):
+    monkeypatch.setattr(eigen, "REFINE_UP_TO", 23)
+    first = separated(24)
+    (found,) = eigendecompose([nudged(first, 5e-4)], previous=eigendecompose([first]), tolerance=1e-4)
+    assert found.route == "eigh"
+
+
+def test_far_basis_is_computed_anew():
     before = eigendecompose([separated(24, seed=3)])
     (found,) = eigendecompose([separated(24)], previous=before)
     assert found.route == "eigh"
