@@ -57,6 +57,18 @@ class Attention(nn.Module):
         return self.head(self.layer(self.embedding(tokens)).mean(1))
 
 
+class Table(nn.Module):
+    """One table that tokens are looked up in, with a padding token, and that the head multiplies with."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.mix, self.head = nn.Embedding(7, 4, padding_idx=2), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.mix(self.embedding(tokens)))).mean(1)
+
+
 class Recurrent(nn.Module):
     """An LSTM and the last position's output."""
 
@@ -120,6 +132,7 @@ def _zoo() -> dict[str, Callable[[], Case]]:
         "tied": lambda: Case(Tied(), normal(4), 3),
         "called twice": lambda: Case(CalledTwice(), normal(4), 3),
         "attention": lambda: Case(Attention(), torch.randint(0, 7, (N, 3)), 3),
+        "table and head tied": lambda: Case(Table(), torch.randint(0, 7, (N, 3)), 7),
         "recurrent": lambda: Case(Recurrent(), normal(3, 3), 3),
         "keywords": lambda: Case(Keywords(), {"z": normal(2), "x": normal(3)}, 3),
         "tuple": lambda: Case(Keywords(), (normal(3), normal(2)), 3),

@@ -14,6 +14,9 @@ from hvpfast import ops
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal
 
+# Kinds of uses that one weight may have together: a table of embeddings and a Linear.
+TIED = {"rows", "linear"}
+
 Use = tuple[Normal, Tensor]  # one call's normal form, and the gradient (M, *output) at its output
 
 
@@ -235,6 +238,50 @@ class LookupSite(Site):
         return self.g.new_zeros(self.shape).index_add_(0, keys % self.shape[0], sums.square())
 
 
+class TiedSite(Site):
+    """One weight (V, D) that is looked up and multiplied with: an embedding whose table is the last layer's weight too.
+
+    Its gradient is the sum of both uses'; statistics add up but for what they have in common in the rows looked up.
+    """
+
+    def __init__(self, lookup: LookupSite, linear: LinearSite):
+        super().__init__(lookup.shape, lookup.rows)
+        self.lookup, self.linear = lookup, linear
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.lookup.tensors(), *self.linear.tensors()]
+
+    def sample_grads(self) -> Tensor:
+        return self.linear.sample_grads().add_(self.lookup.sample_grads())
+
+    def _common(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The distinct (row, index) pairs as row * V + index, (U,), and of each the lookups' and the product's gradient,
+        both (U, D)."""
+        keys, sums = self.lookup._summed()
+        ((a, g),) = self.linear.groups
+        parts, row, index = [], keys // self.shape[0], keys % self.shape[0]
+        for m in range(self.rows):
+            parts.append(g[m][:, index[row == m]].T.to(sums.dtype) @ a[m % a.shape[0]].to(sums.dtype))
+        return keys, sums, torch.cat(parts)
+
+    def norms_squared(self) -> Tensor:
+        keys, ours, theirs = self._common()
+        total = self.lookup.norms_squared() + self.linear.norms_squared()
+        return total.index_add_(0, keys // self.shape[0], 2 * (ours * theirs).sum(1))
+
+    def dots(self, w: Tensor) -> Tensor:
+        return self.lookup.dots(w) + self.linear.dots(w)
+
+    def weighted(self, c: Tensor) -> Tensor:
+        return self.lookup.weighted(c) + self.linear.weighted(c)
+
+    def second_moment(self) -> Tensor:
+        keys, ours, theirs = self._common()
+        moment = self.linear.second_moment()
+        moment.index_add_(0, keys % self.shape[0], ours.mul_(ours + 2 * theirs))
+        return moment.clamp_(min=0)  # (ours + theirs)^2 - theirs^2 was added: rounding may leave less than nothing
+
+
 class EmptySite(Site):
     """A parameter that this batch does not reach."""
 
@@ -243,7 +290,7 @@ class EmptySite(Site):
 
 
 def site_of(shape: tuple[int, ...], as_weight: list[Use], as_bias: list[Use], samples: int) -> Site:
-    """The site of a parameter from all its uses in a batch of N = `samples`, which must be of one kind."""
+    """The site of a parameter from all its uses in a batch of N = `samples`: of one kind, or lookups and products."""
     if as_weight and as_bias:
         raise StateError(f"a parameter of shape {shape} serves both as a weight and as a bias; it has no rule")
     if as_bias:
@@ -251,6 +298,9 @@ def site_of(shape: tuple[int, ...], as_weight: list[Use], as_bias: list[Use], sa
     if not as_weight:
         return EmptySite(shape, 0)
     kind = as_weight[0][0].kind
+    if {normal.kind for normal, _ in as_weight} == TIED:
+        lookups, products = ([use for use in as_weight if use[0].kind == one] for one in ("rows", "linear"))
+        return TiedSite(site_of(shape, lookups, [], samples), site_of(shape, products, [], samples))
     if all(normal.patches for normal, _ in as_weight):
         uses = [(normal, normal.grads(grad)) for normal, grad in as_weight]
         return PatchSite(shape, uses, samples)

@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from hvpfast.capture.attention import projections
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
-from hvpfast.capture.sites import Site, site_of
+from hvpfast.capture.sites import TIED, Site, site_of
 
 # Layers whose first axis is the batch by definition.
 _BATCH_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
@@ -82,15 +82,19 @@ class Tape:
             if self._watch is not None:
                 self._watch(len(self.calls) - 1, one.node)
         doubtful: set[int] = set()
-        counts, kinds = {id(p): 0 for p in params}, {}
+        counts = {id(p): 0 for p in params}
+        kinds: dict[int, set[str]] = {}
         for call in self.calls:
             mine = [id(p) for p in (call.weight, call.bias) if p is not None]
             for p, kind in zip((call.weight, call.bias), (call.normal.kind, "bias"), strict=True):
                 if p is not None:
                     counts[id(p)] = counts.get(id(p), 0) + 1
-                    if kinds.setdefault(id(p), kind) != kind:
-                        doubtful.add(id(p))  # tied across different kinds of layers: no one rule has all of it
-            strict = not folded or call.normal.kind == "scale"
+                    kinds.setdefault(id(p), set()).add(kind)
+        # Tied across different kinds of layers: no one rule has all of it.
+        doubtful.update(p for p, mine in kinds.items() if len(mine) > 1 and mine != TIED)
+        for call in self.calls:
+            mine = [id(p) for p in (call.weight, call.bias) if p is not None]
+            strict = not folded or call.normal.kind == "scale" or any(kinds[p] == TIED for p in mine)
             if strict and (call.samples != n or (call.doubtful and n > 1 and not self._batch_first(call, output))):
                 doubtful.update(mine)
         return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]

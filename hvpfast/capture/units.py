@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hvpfast.capture.sites import TIED
 from hvpfast.capture.tape import Call, Tape
 
 
@@ -82,7 +83,8 @@ def units_of(tape: Tape, names: Sequence[str], params: Sequence[Tensor], covered
     """The blocks of the parameters, in their order: a layer's weight together with its bias, as one linear map (W | b).
 
     A weight that is used with and without a bias, or with several, is a block of its own, and so are the biases. What is
-    no linear map is a block for each module: a norm layer's scale and shift, and what no rule covers.
+    no linear map is a block for each module: a norm layer's scale and shift, a table that is also a Linear's weight (a
+    sum of two Kronecker products, and no one of them), and what no rule covers.
     """
     calls = _merged(tape.calls)
     owner = {id(p): name for name, p in zip(names, params, strict=True)}
@@ -94,7 +96,8 @@ def units_of(tape: Tape, names: Sequence[str], params: Sequence[Tensor], covered
         if id(p) in done:
             continue
         uses = {i: c for i, c in calls.items() if c.weight is p or c.bias is p}
-        if not own or any(c.normal.kind == "scale" for c in uses.values()):
+        kinds = {c.normal.kind for c in uses.values()}
+        if not own or "scale" in kinds or kinds == TIED:
             loose.setdefault((owner[id(p)].rpartition(".")[0], own), []).append(p)
             continue
         partner = _partner(p, uses, calls, rules)

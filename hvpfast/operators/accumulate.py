@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvpfast import ops
 from hvpfast.capture import kronecker
+from hvpfast.capture.sites import Site
 from hvpfast.capture.units import Layout, Unit
 from hvpfast.operators.factor import Dense, Diagonal, Factor, Thin
 from hvpfast.operators.sweep import Run, Sweep
@@ -150,10 +151,12 @@ class KroneckerSums:
 
 
 class RowSums:
-    """The block of a norm layer, or of parameters that no rule covers: the second moment of its rows, whole if small."""
+    """The block of a norm layer, of a table that is also a Linear's weight, or of parameters that no rule covers: the
+    second moment of its rows, whole if small, else its diagonal, for which no rows are made where a rule knows it."""
 
-    def __init__(self, unit: Unit, size: int, dtype: torch.dtype, device: torch.device):
-        self.unit, self.total = unit, torch.zeros(self._shape(size), dtype=dtype, device=device)
+    def __init__(self, unit: Unit, params: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device):
+        self.unit, self._sizes = unit, [params[name].numel() for name in unit.names]
+        self.total = torch.zeros(self._shape(sum(self._sizes)), dtype=dtype, device=device)
 
     @staticmethod
     def _shape(size: int) -> tuple[int, ...]:
@@ -164,12 +167,22 @@ class RowSums:
         """How many numbers the block of `size` parameters holds."""
         return math.prod(cls._shape(size))
 
-    def add(self, rows: Tensor, alpha: float) -> None:
-        """rows (N, p)"""
+    def add(self, sites: Sequence[Site], samples: int, alpha: float) -> None:
+        """The rows of each parameter, N = `samples`; those of one that no gradient reaches are zero."""
         if self.total.dim() == 2:
-            ops.gram(rows, out=self.total, alpha=alpha, beta=1.0)
-        else:
-            self.total.add_(rows.to(self.total.dtype).square().sum(0), alpha=alpha)
+            rows = [
+                site.sample_grads().flatten(1) if site.rows else self.total.new_zeros(samples, size)
+                for site, size in zip(sites, self._sizes, strict=True)
+            ]
+            ops.gram(torch.cat(rows, 1), out=self.total, alpha=alpha, beta=1.0)
+            return
+        for site, part in zip(sites, self.total.split(self._sizes), strict=True):
+            if site.rows:
+                part.add_(site.second_moment().reshape(-1), alpha=alpha)
+
+    def add_diagonal(self, values: Tensor, alpha: float) -> None:
+        """values (p,)"""
+        (self.total.diagonal() if self.total.dim() == 2 else self.total).add_(values, alpha=alpha)
 
     def finish(self, weight: float) -> Tensor:
         return self.total.div_(weight)
@@ -188,11 +201,7 @@ def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerS
             sums = [
                 KroneckerSums(unit, run, approx, single, dtype, device) for unit in run.units if unit.layout is not None
             ]
-            rows = [
-                RowSums(unit, sum(problem.params[name].numel() for name in unit.names), dtype, device)
-                for unit in run.units
-                if unit.layout is None
-            ]
+            rows = [RowSums(unit, problem.params, dtype, device) for unit in run.units if unit.layout is None]
         units = {unit.names: unit for unit in run.units}
         for one in (*sums, *rows):
             one.unit = units[one.unit.names]  # the same block; its calls may be others
@@ -202,7 +211,7 @@ def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerS
             one.add_inputs(run)
         if sweep.fisher_type == "forward-only":
             for one in rows:
-                one.add(_forward_only_rows(run, one.unit, problem.params), run.weight)
+                one.add_diagonal(_forward_only(run, one.unit, problem.params), run.weight)
         else:
             _pull(run, sums, rows)
     for one in sums:
@@ -225,22 +234,34 @@ def _pull(run: Run, sums: Sequence[KroneckerSums], rows: Sequence[RowSums]) -> N
         for one in of_call[number]:
             one.add_outputs(run, number, grad)
 
-    def receive_rows(unit: Unit, some: Tensor) -> None:
-        of_names[unit.names].add(some, run.weight)
+    def receive_sites(unit: Unit, sites: Sequence[Site]) -> None:
+        of_names[unit.names].add(sites, run.samples, run.weight)
 
     def done() -> None:
         for one in sums:
             one.end_column(run)
 
-    run.pull(receive, receive_rows, done)
+    run.pull(receive, receive_sites, done)
 
 
-def _forward_only_rows(run: Run, unit: Unit, params: Mapping[str, Tensor]) -> Tensor:
-    """(p, p): FOOF's G is the identity, so a scale's block is the mean square of what it multiplies and a shift's is 1:
-    rows with that second moment."""
+def _forward_only(run: Run, unit: Unit, params: Mapping[str, Tensor]) -> Tensor:
+    """(p,): FOOF's G is the identity, so a block is the mean square of what a parameter multiplies, and 1 for a shift; of
+    a table (V, D), whether a row is looked up, and the square of what it is multiplied with."""
     values = []
     for name in unit.names:
-        p, calls = params[name], [run.tape.calls[i] for i in unit.calls]
-        inputs = [call.normal.inputs().flatten(0, 2) for call in calls if call.weight is p]
-        values.append(torch.cat(inputs).square().mean(0) if inputs else torch.ones_like(p.detach()).reshape(-1))
-    return torch.cat(values).sqrt().diag()
+        p, calls = params[name].detach(), [run.tape.calls[i] for i in unit.calls]
+        uses = [call.normal for call in calls if call.weight is params[name]]
+        if not uses:
+            values.append(torch.ones_like(p).reshape(-1))
+            continue
+        total, rows = torch.zeros_like(p, dtype=ops.accumulate_dtype(p.dtype)), 0
+        for normal in uses:
+            a = normal.inputs().flatten(0, 2)  # (R, p), (R, D), or indices (R, 1)
+            rows += a.shape[0]
+            if normal.kind == "rows":
+                a = a if normal.skips is None else a[a[:, 0] != normal.skips]
+                total.index_add_(0, a[:, 0], torch.ones_like(total[:1]).expand(a.shape[0], -1))
+            else:
+                total.add_(a.to(total.dtype).square().sum(0).reshape(-1, p.shape[-1]))
+        values.append(total.div_(rows).reshape(-1))
+    return torch.cat(values)

@@ -17,7 +17,7 @@ from hvpfast.capture.data import Batch, batch_size
 from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.problem import Evaluated, Problem, finite
 from hvpfast.capture.samples import autograd_rows
-from hvpfast.capture.sites import site_of
+from hvpfast.capture.sites import DenseSite, Site, site_of
 from hvpfast.capture.state import preserved
 from hvpfast.capture.tape import Tape, recording
 from hvpfast.capture.units import Unit, units_of
@@ -25,7 +25,7 @@ from hvpfast.capture.units import Unit, units_of
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only", "curvature-propagation")
 
 Receive = Callable[[int, Tensor], None]  # number of a call, gradient (N, *output) of one column at its output
-ReceiveRows = Callable[[Unit, Tensor], None]  # a unit without a layout, and its rows (N, p) of one column
+ReceiveSites = Callable[[Unit, list[Site]], None]  # a unit without a layout, and one column's rows of each parameter
 
 
 class Run:
@@ -90,7 +90,7 @@ class Run:
         return 0 if kind == "forward-only" else self._sweep.mc_samples
 
     def pull(
-        self, receive: Receive, receive_rows: ReceiveRows | None = None, done: Callable[[], None] | None = None
+        self, receive: Receive, receive_sites: ReceiveSites | None = None, done: Callable[[], None] | None = None
     ) -> None:
         """Run every column back; each gradient is handed over as it arrives, and may be dropped; `done` ends a column."""
         for call in self.tape.calls:
@@ -102,9 +102,9 @@ class Run:
         u = next(columns, None)
         while u is not None:
             following = next(columns, None)
-            rows = {}
-            if receive_rows is not None and rest:
-                rows = self._rows_by_autograd(rest, u)
+            sites: dict[tuple[str, ...], list[Site]] = {}
+            if receive_sites is not None and rest:
+                sites = self._by_autograd(rest, u)
             kept: dict[int, Tensor] = {}
 
             def arrived(number: int, grad: Tensor, kept: dict[int, Tensor] = kept) -> None:
@@ -115,15 +115,15 @@ class Run:
                     )
                 if number in needed:
                     receive(number, grad)
-                if receive_rows is not None and any(number in unit.calls for unit in scales):
+                if receive_sites is not None and any(number in unit.calls for unit in scales):
                     kept[number] = grad
 
             self._backward(u, arrived, retain=following is not None)
-            if receive_rows is not None:
+            if receive_sites is not None:
                 for unit in scales:
-                    rows[unit.names] = self._rows_by_rule(unit, kept)
-                for unit in (*scales, *rest):
-                    receive_rows(unit, rows[unit.names])
+                    receive_sites(unit, self._by_rule(unit, kept))
+                for unit in rest:
+                    receive_sites(unit, sites[unit.names])
             if done is not None:
                 done()
             u = following
@@ -263,19 +263,18 @@ class Run:
             if grad is not None:
                 arrived(i, grad.detach())
 
-    def _rows_by_rule(self, unit: Unit, grads: dict[int, Tensor]) -> Tensor:
-        """(N, p) of a norm layer."""
-        params, parts = self._sweep.problem.params, []
+    def _by_rule(self, unit: Unit, grads: dict[int, Tensor]) -> list[Site]:
+        """Of a norm layer, or a table that is also a Linear's weight."""
+        params, sites = self._sweep.problem.params, []
         for name in unit.names:
             p = params[name]
             uses = [(self.tape.calls[i], grads[i]) for i in unit.calls if i in grads]
             as_weight = [(c.normal, g) for c, g in uses if c.weight is p]
             as_bias = [(c.normal, g) for c, g in uses if c.bias is p]
-            site = site_of(tuple(p.shape), as_weight, as_bias, self.samples)
-            parts.append(site.sample_grads().flatten(1) if site.rows else p.new_zeros(self.samples, p.numel()))
-        return torch.cat(parts, 1)
+            sites.append(site_of(tuple(p.shape), as_weight, as_bias, self.samples))
+        return sites
 
-    def _rows_by_autograd(self, units: Sequence[Unit], u: Tensor) -> dict[tuple[str, ...], Tensor]:
+    def _by_autograd(self, units: Sequence[Unit], u: Tensor) -> dict[tuple[str, ...], list[Site]]:
         params, n = self._sweep.problem.params, self.samples
         rest = {name: params[name] for unit in units for name in unit.names}
         split = u.reshape(n, -1)
@@ -286,8 +285,10 @@ class Run:
         each = (self._output.reshape(n, -1) * split).sum(1)
         what = "their blocks come from autograd, row by row, which is exact and slower"
         rows = autograd_rows(self._sweep.problem, self.batch, each, rest, own, split, what)
-        by_name = dict(zip(rest, rows, strict=True))
-        return {unit.names: torch.cat([by_name[name] for name in unit.names], 1) for unit in units}
+        sites = {
+            name: DenseSite(tuple(p.shape), some.flatten(1)) for (name, p), some in zip(rest.items(), rows, strict=True)
+        }
+        return {unit.names: [sites[name] for name in unit.names] for unit in units}
 
 
 class Sweep:

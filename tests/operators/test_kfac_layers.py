@@ -1,4 +1,4 @@
-"""K-FAC of one sample is the exact block; factors of every convolution against Jacobians of single pixels, float64."""
+"""K-FAC of one sample, and of a table tied to the head, is the exact block; factors of convolutions by pixel, float64."""
 
 import itertools
 import warnings
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from truths import relative, take
-from zoo import LOSSES, make
+from zoo import LOSSES, make, unequal
 
 import hvpfast as hf
 
@@ -146,3 +146,45 @@ def test_factors_of_convolutions(conv, size, weighted, approx):
         mine_a, mine_g = (factors.A[b], factors.G[b]) if groups > 1 else factors
         assert relative(mine_a, truth_a) < TOLERANCE
         assert relative(mine_g, truth_g) < TOLERANCE
+
+
+# A table that is looked up and multiplied with -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [hf.KFAC, hf.EKFAC])
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+def test_a_table_tied_to_the_head_is_exact(kind, fisher_type, monkeypatch):
+    """Whole where it is small, its diagonal where not: then no row of it is ever made, and autograd is not asked."""
+    from hvpfast.capture.sites import TiedSite
+    from hvpfast.operators import accumulate
+
+    case, y = make("table and head tied"), torch.arange(6)
+    data, chosen = unequal(case.inputs, y), ["embedding.weight"]
+    truth = (hf.GGN if fisher_type == "type-2" else hf.EmpiricalFisher)(
+        case.model, F.cross_entropy, data, params=chosen
+    )
+    truth = truth.to_dense()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        whole = kind(case.model, F.cross_entropy, data, fisher_type=fisher_type, params=chosen)
+        assert relative(whole.to_dense(), truth) < TOLERANCE
+        monkeypatch.setattr(accumulate, "LARGEST_BLOCK", 7)
+        monkeypatch.delattr(TiedSite, "sample_grads")
+        diagonal = kind(case.model, F.cross_entropy, data, fisher_type=fisher_type, params=chosen)
+        assert relative(diagonal.to_dense(), truth.diagonal().diag()) < TOLERANCE
+        assert relative(diagonal.diagonal(), truth.diagonal()) < TOLERANCE
+
+
+def test_forward_only_of_a_table_and_of_a_norm_layer(monkeypatch):
+    """G is the identity: how often a row is looked up and the squares that it meets, over all rows of both uses."""
+    from hvpfast.operators import accumulate
+
+    case, y = make("table and head tied"), torch.arange(6)
+    tokens, model = case.inputs, case.model
+    hidden = torch.tanh(model.mix(model.embedding(tokens))).detach().flatten(0, 1)
+    expected = F.one_hot(tokens, 7).flatten(0, 1).sum(0)[:, None] * (torch.arange(7) != 2)[:, None]
+    expected = (expected + hidden.square().sum(0)) / (2 * tokens.numel())
+    for limit in (512, 7):
+        monkeypatch.setattr(accumulate, "LARGEST_BLOCK", limit)
+        foof = hf.KFAC(model, F.cross_entropy, (tokens, y), fisher_type="forward-only", params=["embedding.weight"])
+        assert relative(foof.to_dense(), expected.flatten().diag()) < TOLERANCE
