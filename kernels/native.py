@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import NamedTuple
+
 import torch
 from hvpfast.kernels.extensions import _load, _modules, _openmp_reason, build_report, missing  # noqa: F401 (re-exported)
 
@@ -239,80 +243,90 @@ def cpu_softmax_hvp_supports(logits, v, *, weight=None, precision="auto") -> str
     return None if logits.dtype in _CPU_DTYPES else _cpu_dtype_reason("logits", logits)
 
 
-def _cpu_convolution(x, kernel_size, stride, padding, dilation) -> tuple[tuple[int, ...], ...]:
-    """(size, memory stride, kernel, stride, dilation, padding before, positions) of three axes; those not there are 1."""
-    axes = x.dim() - 2
+class _Convolution(NamedTuple):
+    """What a convolution's Gram matrix needs to know of a shape and geometry."""
+
+    axes: tuple[tuple[int, ...], ...]  # three of (size, kernel, stride, dilation, padding before, positions)
+    channels: int  # of a group
+    positions: int
+    features: int
+    slower: str | None  # why torch is as fast
+
+
+def _cpu_convolution(shape, kernel_size, stride=1, padding=0, dilation=1, groups=1) -> _Convolution:
+    try:
+        return _cpu_convolution_kept(shape, kernel_size, stride, padding, dilation, groups)
+    except TypeError:  # a list among them
+        return _cpu_convolution_of(shape, kernel_size, stride, padding, dilation, groups)
+
+
+def _cpu_convolution_of(shape, kernel_size, stride, padding, dilation, groups) -> _Convolution:
+    dims = len(shape) - 2
 
     def each(value) -> tuple[int, ...]:
         values = (value,) if isinstance(value, int) else tuple(value)
-        return values * axes if len(values) == 1 else values
+        return values * dims if len(values) == 1 else values
 
     kernel, steps, spread = each(kernel_size), each(stride), each(dilation)
     reach = [d * (k - 1) for k, d in zip(kernel, spread, strict=True)]
     if isinstance(padding, str):
-        around = reach if padding == "same" else [0] * axes
+        around = reach if padding == "same" else [0] * dims
         before = [r // 2 for r in around]
     else:
         before = each(padding)
         around = [2 * p for p in before]
-    rows = [
-        (size, hop, k, s, d, p, (size + both - r - 1) // s + 1)
-        for size, hop, k, s, d, p, both, r in zip(
-            x.shape[2:], x.stride()[2:], kernel, steps, spread, before, around, reach, strict=True
-        )
+    axes = [
+        (size, k, s, d, p, (size + both - r - 1) // s + 1)
+        for size, k, s, d, p, both, r in zip(shape[2:], kernel, steps, spread, before, around, reach, strict=True)
     ]
-    return ((1, 0, 1, 1, 1, 0, 1),) * (3 - axes) + tuple(rows)
+    channels, positions, offsets = shape[1] // groups, math.prod(axis[5] for axis in axes), math.prod(kernel)
+    # Measured on two threads of a 2-core AVX-512 + AMX machine, 2026-11-21.
+    few = shape[0] * positions * channels * offsets * groups < 4096
+    slower = "a small problem: torch's calls cost as little" if few else None
+    return _Convolution(((1, 1, 1, 1, 0, 1),) * (3 - dims) + tuple(axes), channels, positions, channels * offsets, slower)
+
+
+_cpu_convolution_kept = functools.lru_cache(1024)(_cpu_convolution_of)
+_cpu_conv_form = 0  # 1 to 3: one form of the kernel wherever it can run (tests)
 
 
 def cpu_conv_gram(
     x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
     out=None, alpha=1.0, beta=0.0, precision="auto",
 ):  # fmt: skip
-    axes = _cpu_convolution(x, kernel_size, stride, padding, dilation)
-    offsets, positions, channels = 1, 1, x.shape[1] // groups
-    for axis in axes:
-        offsets, positions = offsets * axis[2], positions * axis[6]
-    features = channels * offsets
-    width = features + ones_column
+    axes, channels, positions, features, _ = _cpu_convolution(x.shape, kernel_size, stride, padding, dilation, groups)
+    width = features + bool(ones_column)
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     if out is None:
         out = x.new_empty((width, width) if groups == 1 else (groups, width, width), dtype=wide)
-    blocks = out if groups > 1 else out[None]
     if kfac_approx == "reduce":  # the mean patch of a sample: sums of its pixels, one axis after another
         means = _cpu_patch_sums(x.to(wide), axes, 2).reshape(x.shape[0], groups, features).div_(positions)
-        scaling = {"alpha": alpha, "beta": beta, "ones_column": ones_column, "precision": precision}
         for group in range(groups):
-            cpu_gram(means[:, group], out=blocks[group], **scaling)
+            cpu_gram(
+                means[:, group], out=out if groups == 1 else out[group], alpha=alpha, beta=beta,
+                ones_column=ones_column, precision=precision,
+            )  # fmt: skip
         return out
-    if offsets == 1 and all(axis[5] == 0 for axis in axes):  # patches are pixels: every `stride`-th, features apart
-        pixels = x[(slice(None), slice(None), *(slice(None, None, axis[3]) for axis in axes[5 - x.dim() :]))].movedim(
-            1, -1
-        )
-        for group in range(groups):
-            part = pixels[..., group * channels : (group + 1) * channels]
-            cpu_gram(part, out=blocks[group], alpha=alpha, beta=beta, ones_column=ones_column, precision=precision)
-        return out
-    for group in range(groups):
-        part, block = x[:, group * channels : (group + 1) * channels], blocks[group]
-        _modules["cpu"].conv_gram(
-            part.data_ptr(), _CPU_DTYPES[x.dtype], x.shape[0], channels, *x.stride()[:2], axes, alpha, beta,
-            block.data_ptr(), *block.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(),
-        )  # fmt: skip
-        if ones_column:
-            totals = _cpu_patch_sums(part.sum(0, dtype=wide), axes, 1).mul_(alpha)
-            count = alpha * x.shape[0] * positions
-            if beta != 0:
-                totals_row, count = totals + beta * block[-1, :-1], count + beta * block[-1, -1]
-                totals = totals + beta * block[:-1, -1]
-            else:
-                totals_row = totals
-            block[-1, :-1], block[:-1, -1], block[-1, -1] = totals_row, totals, count
+    _modules["cpu"].conv_gram(
+        x.data_ptr(), _CPU_DTYPES[x.dtype], x.shape[0], groups, channels, axes, x.stride(), alpha, beta,
+        out.data_ptr(), out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(), _cpu_conv_form,
+    )  # fmt: skip
+    if ones_column:
+        blocks = out if groups > 1 else out[None]
+        totals = _cpu_patch_sums(x.sum(0, dtype=wide), axes, 1).view(groups, features).mul_(alpha)
+        count = alpha * x.shape[0] * positions
+        if beta == 0:
+            blocks[:, -1, :-1], blocks[:, :-1, -1], blocks[:, -1, -1] = totals, totals, count
+        else:
+            blocks[:, -1, :-1].mul_(beta).add_(totals)
+            blocks[:, :-1, -1].mul_(beta).add_(totals)
+            blocks[:, -1, -1].mul_(beta).add_(count)
     return out
 
 
 def _cpu_patch_sums(image: torch.Tensor, axes, lead: int) -> torch.Tensor:
     """image (*lead, *spatial) -> (*lead, offsets), flattened: for every kernel offset, the sum of the values it meets."""
-    for axis, (size, _, k, s, d, p, positions) in enumerate(axes[3 - (image.dim() - lead) :], start=lead):
+    for axis, (size, k, s, d, p, positions) in enumerate(axes[3 - (image.dim() - lead) :], start=lead):
         taken = image.new_zeros(size, k)  # taken[r, u] = 1 where offset u meets input position r
         for u in range(k):
             first = u * d - p
@@ -335,20 +349,11 @@ def cpu_conv_gram_worthwhile(
     x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
     out=None, alpha=1.0, beta=0.0, precision="auto",
 ) -> str | None:  # fmt: skip
-    if _cpu_is_portable():
+    if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
         return _CPU_PORTABLE
     if kfac_approx == "reduce":
         return None
-    # Measured on one thread of a 2-core AVX-512 + AMX machine, 2026-11-21.
-    axes = _cpu_convolution(x, kernel_size, stride, padding, dilation)
-    rows, offsets, channels = x.shape[0], 1, x.shape[1] // groups
-    for axis in axes:
-        rows, offsets = rows * axis[6], offsets * axis[2]
-    if channels == 1 or (channels < 8 and offsets > 25):
-        return f"{channels} channels a group fill too little of a tile"
-    if rows < 64 or (offsets == 1 and max(axis[3] for axis in axes) > 1):
-        return "too few patches, or pixels that lie apart: copying them out is as fast"
-    return None
+    return _cpu_convolution(x.shape, kernel_size, stride, padding, dilation, groups)[4]
 
 
 # CUDA C++ kernels -----------------------------------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
-
 #include "kernels.hpp"
 #include "tiers.hpp"
 #include "workspace.hpp"
@@ -75,18 +73,22 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         softmax_hvp(x, reinterpret_cast<void*>(out), threads);
     });
-    m.def("conv_gram", [](uintptr_t x, int dtype, int64_t batch, int64_t channels, int64_t batch_stride, int64_t channel_stride,
-                          py::tuple axes, double alpha, double beta, uintptr_t out, int64_t row_stride, int64_t col_stride,
-                          int precision, int threads) {
-        Convolution shape{reinterpret_cast<const void*>(x), Dtype(dtype), batch, channels, batch_stride, channel_stride, {}, {}, {}, {}, {}, {}, {}};
-        for (int d = 0; d < 3; ++d) {  // each axis: (size, stride in memory, kernel, stride, dilation, padding before, positions)
-            const auto axis = py::cast<std::array<int64_t, 7>>(axes[size_t(d)]);
-            shape.size[d] = axis[0], shape.space_stride[d] = axis[1], shape.kernel[d] = axis[2], shape.stride[d] = axis[3];
-            shape.dilation[d] = axis[4], shape.before[d] = axis[5], shape.positions[d] = axis[6];
+    // `axes`: three of (size, kernel, stride, dilation, padding before, positions), unused ones first; `strides` of x.
+    m.def("conv_gram", [](uintptr_t x, int dtype, int64_t batch, int64_t groups, int64_t channels, py::tuple axes, py::tuple strides, double alpha,
+                          double beta, uintptr_t out, py::tuple out_strides, int precision, int threads, int form) {
+        const auto read = [](py::handle from, size_t at) { return int64_t(PyLong_AsLongLong(PyTuple_GET_ITEM(from.ptr(), Py_ssize_t(at)))); };
+        Convolution shape{reinterpret_cast<const void*>(x), Dtype(dtype), batch, groups, channels, read(strides, 0), read(strides, 1),
+                          {}, {}, {}, {}, {}, {}, {}};
+        const size_t unused = 5 - strides.size(), last = out_strides.size() - 1;
+        for (size_t d = 0; d < 3; ++d) {
+            const py::handle axis = axes[d];
+            shape.size[d] = read(axis, 0), shape.kernel[d] = read(axis, 1), shape.stride[d] = read(axis, 2), shape.dilation[d] = read(axis, 3);
+            shape.before[d] = read(axis, 4), shape.positions[d] = read(axis, 5);
+            shape.space_stride[d] = d < unused ? 0 : read(strides, 2 + d - unused);
         }
-        const int64_t width = channels * shape.offsets();
+        const GroupsOut to{reinterpret_cast<void*>(out), last == 2 ? read(out_strides, 0) : 0, read(out_strides, last - 1), read(out_strides, last)};
         py::gil_scoped_release release;
-        conv_gram(shape, alpha, beta, Out{reinterpret_cast<void*>(out), width, width, row_stride, col_stride}, Precision(precision), threads);
+        conv_gram(shape, alpha, beta, to, Precision(precision), threads, ConvForm(form));
     });
     tier_in_use();  // a tier forced by HVPFAST_CPU that cannot run fails the import, saying why
 }

@@ -44,17 +44,26 @@ struct SoftmaxRows {
 // out = weight (diag(p) - p p') v for each row of logits, shaped like v, contiguous.
 void softmax_hvp(const SoftmaxRows& x, void* out, int threads);
 
-// A convolution's input (batch, channels, three spatial axes; unused axes have size and kernel 1) and geometry.
+// A convolution's input (batch, groups * channels, three spatial axes; unused axes have size and kernel 1) and geometry.
 struct Convolution {
     const void* data;
     Dtype dtype;
-    int64_t batch, channels, batch_stride, channel_stride;
+    int64_t batch, groups, channels, batch_stride, channel_stride;
     int64_t size[3], space_stride[3], kernel[3], stride[3], dilation[3], before[3], positions[3];
     int64_t offsets() const { return kernel[0] * kernel[1] * kernel[2]; }
     int64_t pixels() const { return size[0] * size[1] * size[2]; }
 };
 
-// out = beta out + alpha P'P for the patches P (batch * positions, channels * offsets) of x, which are never formed.
-void conv_gram(const Convolution& x, double alpha, double beta, const Out& out, Precision precision, int threads);
+// A square matrix of float or double for each group.
+struct GroupsOut {
+    void* data;
+    int64_t group_stride, row_stride, col_stride;
+};
+
+enum class ConvForm : int { automatic = 0, panels = 1, lanes = 2, patches = 3 };
+
+// out = beta out + alpha P'P, group by group, for the patches P (batch * positions, channels * offsets) of x, which are
+// never formed. `form`: one way of computing it where that can be done (tests), else the one that should be fastest.
+void conv_gram(const Convolution& x, double alpha, double beta, const GroupsOut& out, Precision precision, int threads, ConvForm form);
 
 }  // namespace hvpfast
