@@ -72,6 +72,7 @@ class record:
         if found and self._runs == 1:
             self.samples = found[0].shape[0] if found[0].dim() else 0
             self._covered = self._tape.covered(found[0], list(self._params.values()))
+            self._grads.clear()  # what the tape's own probing of the batch's axis left in the hooks
 
     def sites(self, who: str) -> list[Site]:
         """The parameters' sites, from the gradients of the scalar that `backward` was called on."""

@@ -326,3 +326,24 @@ def test_attention_on_a_tape():
     grads = hf.per_sample_grads(tape, reduction="mean")
     assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
     assert relative(hf.per_sample_grad_norms(tape, reduction="mean"), truth.norm(dim=1)) < 1e-12
+
+
+def test_a_tape_where_positions_are_as_many_as_samples():
+    """Finding the batch's axis takes a probing backward pass, which must leave nothing on the tape."""
+    torch.manual_seed(0)
+    first, head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = first, head
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.first(x)).mean(1))
+
+    model, x, y = Positions(), torch.randn(5, 5, 3, dtype=torch.float64), torch.arange(5) % 2
+    with hf.record(model) as tape:
+        nn.functional.cross_entropy(model(x), y).backward()
+    taped = hf.per_sample_grads(tape, reduction="mean")
+    for name, truth in hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y)).items():
+        assert relative(taped[name], truth) < 1e-12
