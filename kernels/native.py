@@ -283,7 +283,9 @@ def _cpu_convolution_of(shape, kernel_size, stride, padding, dilation, groups) -
     # Measured on two threads of a 2-core AVX-512 + AMX machine, 2026-11-21.
     few = shape[0] * positions * channels * offsets * groups < 4096
     slower = "a small problem: torch's calls cost as little" if few else None
-    return _Convolution(((1, 1, 1, 1, 0, 1),) * (3 - dims) + tuple(axes), channels, positions, channels * offsets, slower)
+    return _Convolution(
+        ((1, 1, 1, 1, 0, 1),) * (3 - dims) + tuple(axes), channels, positions, channels * offsets, slower
+    )
 
 
 _cpu_convolution_kept = functools.lru_cache(1024)(_cpu_convolution_of)
