@@ -91,6 +91,22 @@ class Keywords(nn.Module):
         return self.right(torch.tanh(self.left(x)), z)
 
 
+class LowRank(nn.Module):
+    """A frozen layer with a low-rank update of loose parameters, a bilinear layer and a scale without axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.base = nn.Linear(4, 5)
+        self.base.requires_grad_(False)
+        self.down, self.up = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(5, 2))
+        self.scale = nn.Parameter(torch.tensor(0.7))
+        self.head = nn.Bilinear(5, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.base(x) + self.scale * (x @ self.down.T @ self.up.T))
+        return self.head(h, x)
+
+
 def _flat(*layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten())
 
@@ -140,6 +156,7 @@ def _zoo() -> dict[str, Callable[[], Case]]:
         "linear over positions": lambda: Case(
             nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), nn.Flatten(1)), normal(2, 3), 6
         ),
+        "low rank": lambda: Case(LowRank(), normal(4), 3),
         "frozen first layer": lambda: Case(_frozen(), normal(4), 3),
     }
 

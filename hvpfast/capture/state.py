@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 
 from hvpfast.capture.errors import StateError
 
@@ -18,7 +20,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Restored, also after an exception: train/eval of every submodule, buffers (values and identity), `.grad`,
     `requires_grad`, and the random state of the CPU and of the model's CUDA devices. Grad mode is on inside, also
     under `torch.no_grad()` or `torch.inference_mode()`. Inside, buffers are copies: a graph made there does not see the
-    originals' versions, and nothing has to be written back.
+    originals' versions, and nothing has to be written back. Embeddings have their true gradients inside, dense and not
+    scaled by frequency (`sparse=True`, `scale_grad_by_freq=True` are about optimisers, not about the loss).
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -27,7 +30,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index for p, _, _ in leaves if p.device.type == "cuda"})
     random, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
     copies: dict[int, torch.Tensor] = {}
+    tables = [module for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    options = [(module, module.sparse, module.scale_grad_by_freq) for module in tables]
     try:
+        for module in tables:
+            module.sparse = module.scale_grad_by_freq = False
         with torch.inference_mode(False), torch.enable_grad():
             for module, name, tensor in buffers:
                 if tensor is not None:
@@ -37,6 +44,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module, sparse, scaled in options:
+            module.sparse, module.scale_grad_by_freq = sparse, scaled
         for module, name, tensor in buffers:
             module._buffers[name] = tensor
         for p, grad, requires_grad in leaves:
@@ -51,14 +60,38 @@ def preserved(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
-    """Take implementations that can be differentiated twice: the math kernel of scaled dot-product attention, and
-    recurrent layers without their fused library calls, which have a first derivative only."""
+    """Take implementations that can be differentiated twice: the math kernel of scaled dot-product attention, recurrent
+    layers without their fused library calls, which have a first derivative only, and weight normalisation by plain ops
+    (torch's fused one takes the norms for constants in its second derivative, so that its Hessian is wrong)."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_without_onednn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if any(_weight_normed(module) for module in model.modules()):
+            stack.enter_context(_PlainWeightNorm())
         yield
+
+
+def _weight_normed(module: nn.Module) -> bool:
+    """By a parametrisation, or by the older hook before the forward."""
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, nn.utils.parametrizations._WeightNorm) or any(
+        isinstance(hook, WeightNorm) for hook in hooks
+    )
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """`torch._weight_norm(v, g, dim)` as v g / |v|, the norms over all axes but `dim`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not torch._weight_norm:
+            return func(*args, **(kwargs or {}))
+        return _weight_norm(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextlib.contextmanager

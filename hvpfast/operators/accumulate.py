@@ -171,7 +171,7 @@ class RowSums:
         """The rows of each parameter, N = `samples`; those of one that no gradient reaches are zero."""
         if self.total.dim() == 2:
             rows = [
-                site.sample_grads().flatten(1) if site.rows else self.total.new_zeros(samples, size)
+                site.sample_grads().reshape(samples, size) if site.rows else self.total.new_zeros(samples, size)
                 for site, size in zip(sites, self._sizes, strict=True)
             ]
             ops.gram(torch.cat(rows, 1), out=self.total, alpha=alpha, beta=1.0)

@@ -197,7 +197,7 @@ class RowBlock(Decomposed):
         self._spectrum: tuple[Tensor, Tensor] | None = None
 
     def _flat(self, parts: Sequence[Tensor]) -> Tensor:
-        return torch.cat([part.flatten(1) for part in parts], 1)
+        return torch.cat([part.reshape(part.shape[0], part.shape[1:].numel()) for part in parts], 1)
 
     def _parts(self, flat: Tensor) -> list[Tensor]:
         pieces = flat.split([shape.numel() for shape in self.shapes], 1)
