@@ -3,42 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-import triton
-
-from . import gram, moments, products, sample_dots, sample_grads, sample_gram
+from . import ahead_streams, gram, moments, products, sample_dots, sample_grads, sample_gram
 from . import sample_norms_squared as norms
+from .ahead_case import DTYPE, POINTERS, VARIANTS, Case, label
 from .tiles import Tile
-
-POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-DTYPE = {"exact": "bf16", "bf16": "fp32", "bf16x3": "fp32", "bf16x4": "fp32", "bf16x6": "fp32", "ieee": "fp32"}
-
-
-class Case(NamedTuple):
-    """One kernel and what it is specialised for."""
-
-    kernel: str
-    dtype: str
-    config: str
-    function: triton.runtime.JITFunction
-    types: dict[str, str]  # of the arguments that are neither i32 nor constant
-    constants: dict[str, object]
-    known: tuple[str, ...]  # integer arguments that are divisible by 16, as pointers always are here
-    tile: Tile  # its warps and stages
-    tensor_cores: bool
-
-    def key(self, target: int) -> str:
-        return f"{self.kernel} {self.dtype} {self.config} sm_{target}"
-
-
-def _label(product: str, tile: Tile, *more: str) -> str:
-    return "-".join((product, f"{tile.side}x{tile.depth}", f"{tile.warps}w", f"{tile.stages}s", *more))
-
-
-# Variants of a launch, by what the compiler knows of it. "even": whole tiles; "ragged": rows that can be loaded 16 bytes at
-# a time but end within a tile; "odd": nothing but the unit stride; "columns": a transposed input, whole tiles.
-VARIANTS = ("even", "ragged", "odd", "columns")
 
 
 def _gram_cases() -> Iterator[Case]:
@@ -49,7 +18,7 @@ def _gram_cases() -> Iterator[Case]:
         constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
         constants |= {"EVEN": variant in ("even", "columns"), "stride_xn" if variant == "columns" else "stride_xd": 1}
         return Case(
-            "gram", dtype, _label(product, tile, variant), gram._gram_kernel, {"x_ptr": POINTERS[dtype], **types}, constants,
+            "gram", dtype, label(product, tile, variant), gram._gram_kernel, {"x_ptr": POINTERS[dtype], **types}, constants,
             () if variant == "odd" else ("stride_xn", "stride_xd", "width", "rows"), tile, product != "ieee",
         )  # fmt: skip
 
@@ -87,9 +56,9 @@ def _norms_cases() -> Iterator[Case]:
             }
             constants["EVEN"] = variant == "even"
             known = () if variant == "odd" else (*strides, "t_all", "i_all", "o_all")
-            label = _label(product, tile, variant)
+            name = label(product, tile, variant)
             cores = product != "ieee"
-            yield Case(f"norms-{route}", DTYPE[product], label, function, types, constants, known, tile, cores)
+            yield Case(f"norms-{route}", DTYPE[product], name, function, types, constants, known, tile, cores)
 
 
 _PAIR = tuple(f"stride_{x}" for x in ("an", "at", "ai", "gm", "gt", "go"))
@@ -140,7 +109,7 @@ def _moments_cases() -> Iterator[Case]:
                 }
                 where = () if variant == "odd" else (*known, "t_all", "i_all", "o_all")
                 yield Case(
-                    f"moments-{route}", dtype, _label(product, tile, what, variant), function, types,
+                    f"moments-{route}", dtype, label(product, tile, what, variant), function, types,
                     constants | units | flags | more, where, tile, product != "ieee",
                 )  # fmt: skip
 
@@ -156,7 +125,7 @@ def _product_cases() -> Iterator[Case]:
             constants |= {"stride_xk": 1, "stride_yc": 1, "stride_c": 1}
             for variant in _variants(products.TILES, key):
                 yield Case(
-                    "product", dtype, _label(name, tile, variant), products._product_kernel, types,
+                    "product", dtype, label(name, tile, variant), products._product_kernel, types,
                     constants | {"EVEN": variant == "even"}, () if variant == "odd" else known, tile, name != "ieee",
                 )  # fmt: skip
 
@@ -193,7 +162,7 @@ def _grads_cases() -> Iterator[Case]:
         }
         for variant in _variants(sample_grads.TILES, key):
             yield Case(
-                "grads", DTYPE[product], _label(product, tile, variant), sample_grads._grads_kernel, types,
+                "grads", DTYPE[product], label(product, tile, variant), sample_grads._grads_kernel, types,
                 constants | units | {"EVEN": variant == "even"}, () if variant == "odd" else known, tile, product != "ieee",
             )  # fmt: skip
 
@@ -209,7 +178,7 @@ def _dots_cases() -> Iterator[Case]:
         constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
         for variant in _variants(sample_dots.TILES, key):
             yield Case(
-                "dots", DTYPE[product], _label(product, tile, variant), sample_dots._dots_kernel, types,
+                "dots", DTYPE[product], label(product, tile, variant), sample_dots._dots_kernel, types,
                 constants | units | {"EVEN": variant == "even"}, () if variant == "odd" else known, tile, product != "ieee",
             )  # fmt: skip
 
@@ -230,7 +199,7 @@ def _sample_gram_cases() -> Iterator[Case]:
                     "EVEN": variant == "even",
                 }
                 yield Case(
-                    "sample-gram", DTYPE[product], _label(product, tile, f"{positions}p", variant), sample_gram._pairs_kernel,
+                    "sample-gram", DTYPE[product], label(product, tile, f"{positions}p", variant), sample_gram._pairs_kernel,
                     types, constants | flags, () if variant == "odd" else (*both, "i_all", "o_all", "stride_m"), tile,
                     product != "ieee",
                 )  # fmt: skip
@@ -239,7 +208,7 @@ def _sample_gram_cases() -> Iterator[Case]:
 def cases() -> list[Case]:
     """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
     made = (_gram_cases, _norms_cases, _moments_cases, _product_cases, _grads_cases, _dots_cases, _sample_gram_cases)
-    plain = [case for make in made for case in make()]
+    plain = [case for make in (*made, *ahead_streams.MADE) for case in make()]
     return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
 
 

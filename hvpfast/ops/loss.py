@@ -32,7 +32,7 @@ def _check_softmax_hvp(logits, v, *, weight=None):
             )
 
 
-@op(check=_check_softmax_hvp, backends=("cpu",))
+@op(check=_check_softmax_hvp, backends=("cpu", "triton"))
 def softmax_hvp(logits: Tensor, v: Tensor, *, weight: Tensor | None = None) -> Tensor:
     """Product of softmax cross-entropy's Hessian in the logits with a vector: `weight (diag(p) - p p') v`, row by row.
 
