@@ -280,9 +280,9 @@ def _cpu_convolution_of(shape, kernel_size, stride, padding, dilation, groups) -
         for size, k, s, d, p, both, r in zip(shape[2:], kernel, steps, spread, before, around, reach, strict=True)
     ]
     channels, positions, offsets = shape[1] // groups, math.prod(axis[5] for axis in axes), math.prod(kernel)
-    # Measured on two threads of a 2-core AVX-512 + AMX machine, 2026-11-21.
-    few = shape[0] * positions * channels * offsets * groups < 4096
-    slower = "a small problem: torch's calls cost as little" if few else None
+    slower = None  # measured on two threads of a 2-core AVX-512 + AMX machine, 2026-11-21
+    if shape[0] * positions < 64 and channels * offsets >= 96:
+        slower = "fewer than 64 patches of 96 features or more: both write the result, and little else is to do"
     return _Convolution(
         ((1, 1, 1, 1, 0, 1),) * (3 - dims) + tuple(axes), channels, positions, channels * offsets, slower
     )
@@ -309,6 +309,11 @@ def cpu_conv_gram(
                 ones_column=ones_column, precision=precision,
             )  # fmt: skip
         return out
+    if features == channels and positions > 1 and not isinstance(padding, str):
+        steps = tuple(axis[2] if axis[4] == 0 else 1 for axis in axes)[5 - x.dim() :]
+        if max(steps) > 1 and max(axis[4] for axis in axes) == 0:  # the pixels that are seen, side by side
+            x = x[(slice(None), slice(None), *(slice(None, None, step) for step in steps))].contiguous()
+            axes = _cpu_convolution(x.shape, 1)[0]
     _modules["cpu"].conv_gram(
         x.data_ptr(), _CPU_DTYPES[x.dtype], x.shape[0], groups, channels, axes, x.stride(), alpha, beta,
         out.data_ptr(), out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(), _cpu_conv_form,

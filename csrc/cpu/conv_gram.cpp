@@ -1,6 +1,4 @@
 // conv_gram: the Gram matrix of a convolution's patches, which are never formed; the choice among its forms (conv.hpp).
-#include <atomic>
-
 #include "conv.hpp"
 #include "tiers.hpp"
 #include "workspace.hpp"
@@ -51,11 +49,18 @@ Convolution group_of(const Convolution& x, int64_t group) {
     return one;
 }
 
-// What a form computes beside the input itself is summed per axis; a kernel of one offset has nothing to share.
-ConvForm choose(const Costs& cost, const Convolution& x) {
-    if (x.offsets() == 1 && x.channels > 4) return ConvForm::patches;
-    if (cost.lanes <= cost.panels && cost.lanes <= cost.patches) return ConvForm::lanes;
-    return cost.panels <= cost.patches ? ConvForm::panels : ConvForm::patches;
+struct Choice {
+    ConvForm form;
+    double cost;
+};
+
+// `whole`: panels are allowed (AMX pads samples and channels to its tiles).
+Choice choose(const Costs& cost, const Convolution& x, bool whole) {
+    if (x.offsets() == 1 && x.channels > 4) return {ConvForm::patches, cost.patches};  // nothing to share
+    Choice best{ConvForm::patches, cost.patches};
+    if (whole && cost.panels <= best.cost) best = {ConvForm::panels, cost.panels};
+    if (cost.lanes <= best.cost) best = {ConvForm::lanes, cost.lanes};
+    return best;
 }
 
 template <class T>
@@ -66,7 +71,7 @@ bool one_group(ConvForm form, const Engine<T>& engine, const Convolution& x, dou
 
 template <class T>
 bool with_engine(const Engine<T>& engine, ConvForm form, const Convolution& x, double alpha, double beta, const GroupsOut& out, int threads) {
-    if (form == ConvForm::automatic) form = choose(costs(engine, conv_kernels(engine.tier, T()), x), x);
+    if (form == ConvForm::automatic) form = choose(costs(engine, conv_kernels(engine.tier, T()), x), x, true).form;
     if (form == ConvForm::lanes) {
         conv_by_lanes<T>(x, alpha, beta, out, threads);
         return true;
@@ -96,12 +101,17 @@ bool with_engine(const Engine<T>& engine, ConvForm form, const Convolution& x, d
 
 int64_t conv_memory(const Convolution& x, int threads) {
     const int64_t scratch = int64_t(5) << 20;  // sums and staging areas of a thread
-    return most(2 * x.batch * x.channels * x.pixels() * item_size(x.dtype) - threads * scratch, threads * scratch);
+    const int64_t twice = least(2 * x.batch * x.channels * x.pixels() * item_size(x.dtype), kWorkspaceBound);
+    return most(twice - threads * scratch, threads * scratch);
 }
 
 void conv_gram(const Convolution& x, double alpha, double beta, const GroupsOut& out, Precision precision, int threads, ConvForm form) {
     if (!threads_allowed || threads < 1) threads = 1;
     const Tier tier = tier_in_use();
+    if (form == ConvForm::automatic && x.offsets() == 1) {  // few channels: reading x is most of it
+        if (conv_has_pixels<float>(x, conv_kernels_f32(tier).lanes)) return conv_by_pixels<float>(x, alpha, beta, out, threads);
+        if (conv_has_pixels<double>(x, conv_kernels_f64(tier).lanes)) return conv_by_pixels<double>(x, alpha, beta, out, threads);
+    }
     if (x.dtype == Dtype::f64) {
         with_engine(engine_f64(tier), form, x, alpha, beta, out, threads);
         return;
@@ -113,10 +123,14 @@ void conv_gram(const Convolution& x, double alpha, double beta, const GroupsOut&
         const Engine<float>* amx = engine_amx(precision, x.dtype);
         const int64_t rows = x.batch * x.positions[0] * x.positions[1] * x.positions[2];
         if (amx != nullptr && !narrow && rows >= 32) {
-            const Costs with = costs(*amx, conv_kernels_f32(tier), x);
-            ConvForm taken = form == ConvForm::automatic ? choose(with, x) : form;
-            if (taken == ConvForm::panels && (x.batch < 16 || x.channels < 16)) taken = form == ConvForm::automatic ? ConvForm::automatic : form;
-            const bool fits = taken == ConvForm::patches || (taken == ConvForm::panels && x.batch >= 16 && x.channels >= 16);
+            const bool whole = x.batch >= 16 && x.channels >= 16;
+            ConvForm taken = form;
+            if (form == ConvForm::automatic) {
+                const Choice tiles = choose(costs(*amx, conv_kernels_f32(tier), x), x, whole);
+                const Choice lanes = choose(costs(vector, conv_kernels_f32(tier), x), x, true);
+                taken = tiles.cost < lanes.cost ? tiles.form : ConvForm::lanes;
+            }
+            const bool fits = taken == ConvForm::patches || (taken == ConvForm::panels && whole);
             if (fits && with_engine(*amx, taken, x, alpha, beta, out, threads)) return;
         }
     }
