@@ -35,6 +35,7 @@ PYBIND11_MODULE(_cpu, m) {
         else force_tier(tier_from_name(py::cast<std::string>(name)));
     }, py::arg("name"), "Use one tier from now on; None gives the choice back.");
     m.def("allow_threads", [](bool allowed) { threads_allowed = allowed; }, "Whether OpenMP's threads may be used.");
+    m.def("workspace_bytes", workspace_bytes, "Bytes of scratch memory that the process's threads hold.");
     m.def("gram", [](uintptr_t x, int dtype, int64_t outer, int64_t inner, int64_t cols, int64_t outer_stride,
                      int64_t inner_stride, int64_t col_stride, bool ones, double alpha, double beta, uintptr_t out,
                      int64_t row_stride, int64_t out_col_stride, int precision, int threads) {

@@ -3,7 +3,7 @@
 //
 // Patches are packed a block of positions at a time, straight from the image: a feature (channel, kernel offset) of
 // neighbouring positions is a run of neighbouring values. Where that is not so (padding, a stride along the last axis,
-// 16-bit values) a thread keeps a padded copy, phase by phase, of the samples at hand.
+// 16-bit values) a thread keeps a padded copy, phase by phase, of the samples at hand, or of parts of them.
 #include <cstring>
 #include <vector>
 
@@ -18,14 +18,34 @@ namespace {
 template <class T>
 struct Patches {
     const Convolution& x;
-    int64_t positions, run;          // of one sample; neighbouring positions whose features lie side by side
+    int64_t position[3];             // along each axis, of one part
+    int64_t parts = 1;               // of a sample, cut along its first axis of more than one position: bounds the copies
+    int axis = 2;
+    int64_t positions, run;          // of one part; neighbouring positions whose features lie side by side
     int64_t size = 0;                // elements of a copied sample, 0: none is made
     int64_t extent[3], lowest[3];    // of the copied phase images; the offset that begins first
     int64_t row_step[3];             // from one position to the next along each axis
     std::vector<int64_t> feature;    // where each feature of position 0 lies
     std::vector<int64_t> image_of[3];  // [axis][phase] -> number among the phases that occur, or -1
 
-    explicit Patches(const Convolution& of) : x(of), positions(of.positions[0] * of.positions[1] * of.positions[2]), run(of.positions[2]) {
+    // `most_bytes`: of the copies that a block of `depth` rows needs.
+    Patches(const Convolution& of, int64_t depth, int64_t most_bytes) : x(of) {
+        for (int d = 2; d >= 0; --d)
+            if (x.positions[d] > 1) axis = d;
+        for (int64_t shortest = x.positions[axis]; shortest >= 1; --shortest) {
+            if (x.positions[axis] % shortest != 0) continue;
+            parts = x.positions[axis] / shortest;
+            cut();
+            if (size * kept(depth) * int64_t(sizeof(T)) <= most_bytes) break;
+        }
+    }
+
+    void cut() {
+        for (int d = 0; d < 3; ++d) position[d] = x.positions[d] / (d == axis ? parts : 1);
+        positions = position[0] * position[1] * position[2];
+        run = position[2];
+        size = 0;
+        feature.clear();
         bool direct = x.dtype == (sizeof(T) == 8 ? Dtype::f64 : Dtype::f32) && (x.positions[2] == 1 || x.stride[2] * x.space_stride[2] == 1);
         for (int d = 0; d < 3; ++d)
             direct = direct && x.before[d] == 0 && (x.positions[d] - 1) * x.stride[d] + (x.kernel[d] - 1) * x.dilation[d] < x.size[d];
@@ -50,7 +70,7 @@ struct Patches {
                 int64_t& image = image_of[d][size_t(where - start.back() * x.stride[d])];
                 if (image < 0) image = images[d]++;
             }
-            extent[d] = x.positions[d] + highest - lowest[d];
+            extent[d] = position[d] + highest - lowest[d];
             for (int64_t u = 0; u < x.kernel[d]; ++u) {
                 const int64_t where = u * x.dilation[d] - x.before[d];
                 at[d].push_back(image_of[d][size_t(where - start[size_t(u)] * x.stride[d])] * extent[d] + start[size_t(u)] - lowest[d]);
@@ -69,34 +89,37 @@ struct Patches {
             for (const int64_t z : at[0])
                 for (const int64_t y : at[1])
                     for (const int64_t one : at[2]) feature.push_back(c * channel + z + y + one);
-        if (row_step[1] == x.positions[2] * row_step[2] && row_step[2] == 1) {  // rows of positions are neighbours
-            run *= x.positions[1];
-            if (row_step[0] == run) run *= x.positions[0];
+        if (row_step[1] == position[2] * row_step[2] && row_step[2] == 1) {  // rows of positions are neighbours
+            run *= position[1];
+            if (row_step[0] == run) run *= position[0];
         }
     }
 
     int64_t features() const { return int64_t(feature.size()); }
-    // Copied samples that a block of `depth` rows may touch.
+    // Copied parts that a block of `depth` rows may touch.
     int64_t kept(int64_t depth) const { return size == 0 ? 0 : (depth + positions - 2) / positions + 1; }
 
-    void copy(int64_t n, T* to) const {
+    void copy(int64_t part, T* to) const {
+        const int64_t n = part / parts;
+        int64_t low[3] = {lowest[0], lowest[1], lowest[2]};  // element of a phase image that the copy begins with
+        low[axis] += part % parts * position[axis];
         std::memset(to, 0, size_t(size) * sizeof(T));
         const int64_t channel = size / x.channels;
         for (int64_t c = 0; c < x.channels; ++c)
             for (int64_t z = 0; z < x.size[0]; ++z)
                 for (int64_t y = 0; y < x.size[1]; ++y) {
                     const int64_t iz = image_of[0][size_t(z % x.stride[0])], iy = image_of[1][size_t(y % x.stride[1])];
-                    const int64_t ez = z / x.stride[0] - lowest[0], ey = y / x.stride[1] - lowest[1];
+                    const int64_t ez = z / x.stride[0] - low[0], ey = y / x.stride[1] - low[1];
                     if (iz < 0 || iy < 0 || ez < 0 || ey < 0 || ez >= extent[0] || ey >= extent[1]) continue;
                     T* const row = to + c * channel + (iz * extent[0] + ez) * row_step[0] + (iy * extent[1] + ey) * row_step[1];
                     const int64_t offset = n * x.batch_stride + c * x.channel_stride + z * x.space_stride[0] + y * x.space_stride[1];
                     for (int64_t phase = 0; phase < least(x.stride[2], x.size[2]); ++phase) {
                         if (image_of[2][size_t(phase)] < 0) continue;
                         const int64_t there = (x.size[2] - phase + x.stride[2] - 1) / x.stride[2];
-                        const int64_t first = most(0, lowest[2]), last = least(there, extent[2] + lowest[2]);
+                        const int64_t first = most(0, low[2]), last = least(there, extent[2] + low[2]);
                         if (first < last)
                             read_values(x, offset + (phase + first * x.stride[2]) * x.space_stride[2], x.stride[2] * x.space_stride[2], last - first,
-                                        row + image_of[2][size_t(phase)] * extent[2] + first - lowest[2]);
+                                        row + image_of[2][size_t(phase)] * extent[2] + first - low[2]);
                     }
                 }
     }
@@ -110,9 +133,11 @@ struct PatchReader {
     const Patches<T>& from;
     T* copies;
     T* stage;
-    int64_t kept, next = -1;  // samples before `next` were copied
+    int64_t kept, next = -1;  // parts before `next` were copied
 
-    const T* sample(int64_t n) const { return from.size == 0 ? static_cast<const T*>(from.x.data) + n * from.x.batch_stride : copies + n % kept * from.size; }
+    const T* part(int64_t n) const {
+        return from.size == 0 ? static_cast<const T*>(from.x.data) + n * from.x.batch_stride : copies + n % kept * from.size;
+    }
 
     void prepare(int64_t row, int64_t k) {
         if (from.size == 0) return;
@@ -120,15 +145,14 @@ struct PatchReader {
     }
 
     void pack(int64_t row, int64_t k, int64_t p, char* left, char* right, PackStats* stats) const {
-        const Convolution& x = from.x;
         const int64_t lanes = kernels.lanes, panel = engine.panel, used = least(panel, from.features() - p * panel);
         const int64_t strip = engine.one_form ? engine.panel_bytes(k) / int64_t(sizeof(T)) / (panel / lanes) : lanes;
         const int64_t pitch = engine.one_form ? lanes : panel;
         T* to = engine.one_form ? reinterpret_cast<T*>(left) : stage;
         for (int64_t done = 0; done < k;) {
             const int64_t n = (row + done) / from.positions, at = (row + done) % from.positions, along = at % from.run;
-            const int64_t count = least(k - done, from.run - along), x0 = at % x.positions[2], y = at / x.positions[2];
-            const T* const base = sample(n) + y / x.positions[1] * from.row_step[0] + y % x.positions[1] * from.row_step[1] + x0 * from.row_step[2];
+            const int64_t count = least(k - done, from.run - along), x0 = at % from.position[2], y = at / from.position[2];
+            const T* const base = part(n) + y / from.position[1] * from.row_step[0] + y % from.position[1] * from.row_step[1] + x0 * from.row_step[2];
             for (int64_t l = 0; l < used; l += lanes)
                 kernels.turn(base, from.feature.data() + p * panel + l, least(lanes, used - l), count, to + l / lanes * strip, pitch);
             done += count;
@@ -142,18 +166,18 @@ struct PatchReader {
 
 template <class T>
 bool conv_by_patches(const Engine<T>& engine, const Convolution& x, double alpha, double beta, const Out& out, int threads) {
-    const Patches<T> patches(x);
+    const int64_t deepest = 256;
+    const Patches<T> patches(x, deepest, most(int64_t(1) << 20, conv_memory(x, threads) / (2 * threads)));
     const ConvKernels<T>& kernels = conv_kernels(engine.tier, T());
     const Triangle shape{engine.panel, ceil_div(out.rows, engine.panel)};
-    const int64_t rows = x.batch * patches.positions, features = shape.panels * engine.panel, size = int64_t(sizeof(T));
+    const int64_t rows = x.batch * patches.parts * patches.positions, features = shape.panels * engine.panel, size = int64_t(sizeof(T));
     const bool amx = engine.tier == Tier::amx;
     if (rows * features * features < (int64_t(1) << 20)) threads = 1;
     // Threads share the triangle, packing together, or each has rows and a triangle of its own.
     const bool share = threads > 1 && (features >= 1536 || (rows <= 1024 && shape.squares() >= 3 * threads));
     if (!share) threads = int(least(threads, ceil_div(rows, 64)));
-    int64_t depth = 256;
     const int64_t own = share ? rows : ceil_div(rows, threads);
-    depth = ceil_div(ceil_div(own, ceil_div(own, depth)), engine.k_align) * engine.k_align;
+    const int64_t depth = ceil_div(ceil_div(own, ceil_div(own, deepest)), engine.k_align) * engine.k_align;
     const int64_t square = engine.panel * engine.panel;
     int64_t side = 1;  // panels along the side of a part of the triangle, which stays in L2 with its operands
     while ((side + 1) * ((side + 1) * square * size + 2 * engine.panel_bytes(depth)) <= l2_bytes() * 7 / 10) ++side;

@@ -12,6 +12,7 @@ namespace hvpfast {
 // At least `bytes`, 4096-aligned, owned by the calling thread and valid until its next call. Kept for reuse up to a
 // bound: fresh pages cost more than most kernels' arithmetic. Throws std::bad_alloc.
 char* workspace(int64_t bytes);
+int64_t workspace_bytes();  // held by all threads of the process
 
 // The largest workspace that a kernel should plan with.
 constexpr int64_t kWorkspaceBound = int64_t(256) << 20;

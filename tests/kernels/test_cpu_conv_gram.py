@@ -1,10 +1,12 @@
 """conv_gram: its reference against torch's own unfold, and its CPU kernel, tier by tier, against the reference."""
 
 import math
+import threading
 
 import pytest
 import tiers
 import torch
+from hvpfast.kernels import native
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,3 +163,64 @@ def test_reduce_is_the_gram_of_mean_patches():
     torch.testing.assert_close(got, rows.T @ rows)
     got = ops.conv_gram(x, 3, padding=1, kfac_approx="reduce", ones_column=True)
     torch.testing.assert_close(got[-1, :-1], rows.sum(0))
+
+
+@pytest.mark.parametrize("mode", ("ieee", "bf16x3"))
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "options"),
+    (
+        ((1, 64, 512, 512), 3, {"padding": 1}),
+        ((2, 3, 1024, 1024), 7, {"padding": 3, "stride": 2}),
+        ((32, 64, 64, 64), 3, {"padding": 1}),
+        ((1, 32, 400, 400), 5, {"padding": 2, "groups": 32}),
+        ((2, 96, 16, 24, 24), 3, {"padding": 1}),
+        ((1, 16, 200000), 9, {"padding": 4}),
+        ((40, 256, 28, 28), 1, {}),
+    ),
+    ids=str,
+)
+def test_scratch_memory_is_at_most_twice_the_input(shape, kernel_size, options, mode):
+    if tiers.WHY_NONE is not None:
+        pytest.skip(tiers.WHY_NONE)
+    x = torch.ones(shape)
+    bytes_held = native._modules["cpu"].workspace_bytes
+    taken = []
+
+    def run():  # a thread of its own begins without scratch memory
+        before = bytes_held()
+        with precision(mode):
+            ops.conv_gram.on("cpu")(x, kernel_size, **options)
+        taken.append(bytes_held() - before)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert 0 < taken[0] <= 2 * x.numel() * x.element_size()
+
+
+@pytest.mark.parametrize(("channels", "kernel_size", "form"), ((4, 3, 2), (16, 2, 1), (3, 1, 3), (3, 1, 0)))
+def test_more_than_two_to_the_31_values(channels, kernel_size, form, monkeypatch):
+    if tiers.WHY_NONE is not None:
+        pytest.skip(tiers.WHY_NONE)
+    monkeypatch.setattr(native, "_cpu_conv_form", form)
+    one = torch.zeros(1, channels, 4096)  # few values that are not zero: the sums stay exact in float32
+    generator = torch.Generator().manual_seed(0)
+    for ends in (slice(0, 24), slice(-24, None)):
+        one[..., ends] = torch.randint(-1, 2, (1, channels, 24), generator=generator).float()
+    count = 2**31 // one.numel() + 1
+    want = count * ops.conv_gram.reference(one, kernel_size, padding=kernel_size // 2)
+    with precision("ieee"):
+        got = ops.conv_gram.on("cpu")(one.expand(count, -1, -1), kernel_size, padding=kernel_size // 2)
+    assert torch.equal(got, want)
+
+
+def test_values_more_than_two_to_the_31_apart():
+    if tiers.WHY_NONE is not None:
+        pytest.skip(tiers.WHY_NONE)
+    try:
+        memory = torch.empty(2**31 + 4096)  # 8 GB of addresses, of which only the pages that are written become memory
+    except RuntimeError as error:
+        pytest.skip(f"no such address space here: {error}")
+    x = memory.as_strided((2, 17, 6, 6), (2**31, 36, 6, 1)).copy_(draw((2, 17, 6, 6), torch.float32))
+    for kernel_size, options in ((3, {"padding": 1}), (3, {"stride": 2}), (3, {"groups": 17, "padding": 1}), (1, {})):
+        check(x, kernel_size, "ieee", **options)
