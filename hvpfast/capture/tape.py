@@ -11,13 +11,13 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from hvpfast.capture.attention import projections
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
+from hvpfast.capture.rows import rows_of, shared_tables
 from hvpfast.capture.sites import TIED, Site, site_of
 
 # Layers whose first axis is the batch by definition.
@@ -38,8 +38,10 @@ class Call:
     version: int
     edge: GradientEdge
     normal: Normal
-    doubtful: bool  # two axes have one extent, either may be the batch's
     samples: int  # extent of the batch's axis
+    row_axes: (
+        int | None
+    )  # of the output, from the first on, that count rows; None where the rule finds the batch itself
     extents: tuple[int, ...] = ()  # of the output, from its third axis on
 
     @functools.cached_property
@@ -70,40 +72,41 @@ class Tape:
         Completes the tape with the projections of attention layers; ask once, before a backward pass frees the graph.
 
         Args:
-            samples: N, where it is not the output's first extent. folded: take linear maps whatever their first axis is:
-                for statistics in which every row and position counts alike.
+            samples: N, where it is not the output's first extent. folded: take linear maps whatever their first axis is,
+                if no row serves several samples: for statistics in which every row and position counts alike.
         """
         leaves = {get_gradient_edge(p).node: p for p in params}
         nodes, uses = graph_uses(output, leaves)
         n = output.shape[0] if samples is None else samples
         for one in projections(self._model.named_modules(), nodes, leaves, n) if self._model is not None else ():
-            call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, False, n)
-            self.calls.append(call)
-            if self._watch is not None:
-                self._watch(len(self.calls) - 1, one.node)
+            call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, n, None)
+            self._append(call, one.node)
+        if self._model is not None:
+            for call, spread in list(shared_tables(self, self._model, nodes, n)):
+                call.weight = call.bias = None
+                self._append(spread, spread.edge.node)
         doubtful: set[int] = set()
         counts = {id(p): 0 for p in params}
         kinds: dict[int, set[str]] = {}
         for call in self.calls:
-            mine = [id(p) for p in (call.weight, call.bias) if p is not None]
             for p, kind in zip((call.weight, call.bias), (call.normal.kind, "bias"), strict=True):
                 if p is not None:
                     counts[id(p)] = counts.get(id(p), 0) + 1
                     kinds.setdefault(id(p), set()).add(kind)
         # Tied across different kinds of layers: no one rule has all of it.
         doubtful.update(p for p, mine in kinds.items() if len(mine) > 1 and mine != TIED)
-        for call in self.calls:
+        mixed, shared = rows_of(self, self._model, output, n)
+        for number, call in enumerate(self.calls):
             mine = [id(p) for p in (call.weight, call.bias) if p is not None]
             strict = not folded or call.normal.kind == "scale" or any(kinds[p] == TIED for p in mine)
-            if strict and (call.samples != n or (call.doubtful and n > 1 and not self._batch_first(call, output))):
+            if (call.samples != n or number in mixed) if strict else (number in shared):
                 doubtful.update(mine)
         return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]
 
-    @staticmethod
-    def _batch_first(call: Call, output: Tensor) -> bool:
-        """Where a second axis has the batch's extent too: does the first sample's output depend on row 0 alone?"""
-        (g,) = torch.autograd.grad(output[0].sum(), [call.edge], retain_graph=True, allow_unused=True)
-        return g is None or not bool(g[1:].any())
+    def _append(self, call: Call, node: Node) -> None:
+        self.calls.append(call)
+        if self._watch is not None:
+            self._watch(len(self.calls) - 1, node)
 
     def sites(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Site]:
         """For each parameter its `Site`, from the gradients (M, *output) at every call's output (None: not reached)."""
@@ -142,11 +145,9 @@ def recording(model: nn.Module, params: Sequence[Tensor], watch: Watch | None = 
                 return
             mine = (module._parameters.get("weight"), module._parameters.get("bias"))
             weight, bias = (p if p is not None and id(p) in wanted else None for p in mine)
-            square = output.dim() > 2 and x.dim() > 1 and x.shape[0] == x.shape[1]
-            doubtful = square and not isinstance(module, _BATCH_FIRST)
-            edge = get_gradient_edge(output)
-            extents = tuple(output.shape[2:])
-            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, doubtful, x.shape[0], extents))
+            edge, extents = get_gradient_edge(output), tuple(output.shape[2:])
+            axes = 1 if isinstance(module, _BATCH_FIRST) else output.dim() - 1
+            tape.calls.append(Call(name, weight, bias, x, x._version, edge, normal, x.shape[0], axes, extents))
             if watch is not None:
                 watch(len(tape.calls) - 1, output)
 

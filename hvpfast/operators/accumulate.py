@@ -262,6 +262,9 @@ def _forward_only(run: Run, unit: Unit, params: Mapping[str, Tensor]) -> Tensor:
                 a = a if normal.skips is None else a[a[:, 0] != normal.skips]
                 total.index_add_(0, a[:, 0], torch.ones_like(total[:1]).expand(a.shape[0], -1))
             else:
-                total.add_(a.to(total.dtype).square().sum(0).reshape(-1, p.shape[-1]))
+                squares = a.to(total.dtype).square().sum(0)
+                total.add_(
+                    squares.reshape(p.shape) if normal.kind == "scale" else squares
+                )  # (D,) for every row of a table
         values.append(total.div_(rows).reshape(-1))
     return torch.cat(values)

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
 
 from hvpfast.capture.data import Batch, batch_size
 from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.problem import Evaluated, Problem, finite
+from hvpfast.capture.pull import Receive, last_calls, pull_back
 from hvpfast.capture.samples import autograd_rows
 from hvpfast.capture.sites import DenseSite, Site, site_of
 from hvpfast.capture.state import preserved
@@ -24,7 +24,6 @@ from hvpfast.capture.units import Unit, units_of
 
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only", "curvature-propagation")
 
-Receive = Callable[[int, Tensor], None]  # number of a call, gradient (N, *output) of one column at its output
 ReceiveSites = Callable[[Unit, list[Site]], None]  # a unit without a layout, and one column's rows of each parameter
 
 
@@ -47,7 +46,7 @@ class Run:
         tensors = list(problem.params.values())
         self._covered = tape.covered(self._output, tensors, n, folded=not sweep.by_sample)
         self.units = units_of(tape, problem.space.names, tensors, self._covered)
-        self._last = self._last_calls()
+        self._last = last_calls(tape, self._output)
         self._terms_of_the_loss(evaluated.batch)
 
     def _terms_of_the_loss(self, batch: Batch) -> None:
@@ -212,43 +211,9 @@ class Run:
 
     # Backward passes ----------------------------------------------------------------------------------------------------
 
-    def _last_calls(self) -> set[int]:
-        """Calls behind which no other call is: no backward pass goes through their nodes, so they are asked for."""
-        nodes = {call.edge.node: i for i, call in enumerate(self.tape.calls)}
-        behind: dict[Node, bool] = {}  # whether a call's output is found from the node on
-        stack: list[tuple[Node, bool]] = [(self._output.grad_fn, False)]
-        while stack:
-            node, seen = stack.pop()
-            children = [child for child, _ in node.next_functions if child is not None]
-            if seen:
-                behind[node] = any(child in nodes or behind[child] for child in children)
-            elif node not in behind:
-                behind[node] = False
-                stack.append((node, True))
-                stack.extend((child, False) for child in children if child not in behind)
-        return {i for i, call in enumerate(self.tape.calls) if not behind.get(call.edge.node, False)}
-
     def _backward(self, u: Tensor, arrived: Receive, retain: bool) -> None:
-        calls = self.tape.calls
-        last = [i for i in range(len(calls)) if i in self._last]
-        handles = []
-
-        def hook(number: int):
-            def pre(grads: Sequence[Tensor | None]) -> None:
-                grad = grads[calls[number].edge.output_nr]
-                if grad is not None:
-                    arrived(number, grad.detach())
-
-            return pre
-
         try:
-            for i, call in enumerate(calls):
-                if i not in self._last:
-                    handles.append(call.edge.node.register_prehook(hook(i)))
-            if not last:
-                return
-            edges = [calls[i].edge for i in last]
-            grads = torch.autograd.grad([self._output], edges, [u], retain_graph=retain, allow_unused=True)
+            pull_back(self.tape, self._output, u, self._last, arrived, retain)
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 raise StateError(
@@ -256,12 +221,6 @@ class Run:
                     f"in place after it was used; replace the in-place operation in the model's forward. ({error})"
                 ) from error
             raise
-        finally:
-            for handle in handles:
-                handle.remove()
-        for i, grad in zip(last, grads, strict=True):
-            if grad is not None:
-                arrived(i, grad.detach())
 
     def _by_rule(self, unit: Unit, grads: dict[int, Tensor]) -> list[Site]:
         """Of a norm layer, or a table that is also a Linear's weight."""

@@ -1,0 +1,117 @@
+"""Whose rows they are: whether a layer's rows belong to single samples, found out by pulling back one sample at a time.
+
+Shapes do not tell: `table(arange(T))` is (T, D), used by every sample, and T may equal N; so may a time axis that comes
+first. What a sample's output depends on does tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, Node
+
+from hvpfast.capture.layers import rule_of
+from hvpfast.capture.pull import last_calls, pull_back
+
+if TYPE_CHECKING:
+    from hvpfast.capture.tape import Call, Tape
+
+
+class Rows(NamedTuple):
+    """Calls, by number. mixed: sample n does not have row n of the first axis to itself. shared: some row, counted over
+    the batch's axis and all positions, serves several samples."""
+
+    mixed: frozenset[int]
+    shared: frozenset[int]
+
+
+_NONE = Rows(frozenset(), frozenset())
+_known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Rows]] = weakref.WeakKeyDictionary()
+
+
+def shared_tables(tape: Tape, model: nn.Module, nodes: Iterable[Node], n: int) -> Iterator[tuple[Call, Call]]:
+    """Tables looked up once for the whole batch, `tokens (N, T, D) + positions (T, D)`: the call, and what takes its place.
+
+    The gradient of the sum is every sample's own gradient of the table's rows, as if each had looked them up itself.
+    """
+    tables = {
+        c.edge.node: c
+        for c in tape.calls
+        if c.normal.kind == "rows" and c.row_axes is not None and c.weight is not None
+    }
+    if not tables:
+        return
+    users: dict[Node, list[Node]] = {table: [] for table in tables}
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following in users:
+                users[following].append(node)
+    for table, call in tables.items():
+        if len(users[table]) != 1 or users[table][0].name() != "AddBackward0" or users[table][0]._saved_alpha != 1:
+            continue
+        (total,) = users[table]
+        shape, mine = tuple(total._input_metadata[0].shape), (*call.x.shape, call.weight.shape[-1])
+        if shape[0] == n and shape != mine and (shape[1:] == mine or (shape[1:] == mine[1:] and mine[0] == 1)):
+            x = call.x.expand(n, *shape[1:-1])
+            normal = rule_of(module := model.get_submodule(call.name))(module, x)
+            edge = GradientEdge(total, 0)
+            yield call, dataclasses.replace(call, x=x, edge=edge, normal=normal, samples=n, extents=shape[2:])
+
+
+def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows:
+    """What the calls behind `output`, N samples in order, do with their rows.
+
+    Two backward passes, of the first and of the last sample, that keep one bit a row; once for a model and a pattern of
+    calls (their layers, and which of their axes are as long as the batch).
+    """
+    modules = [] if model is None else list(model.modules())
+    if n < 2 or not output.numel() or any(map(_batch_statistics, modules)):
+        return _NONE  # one sample shares nothing; batch statistics mix samples everywhere, by design
+    pattern = tuple(_pattern(call, n) for call in tape.calls)
+    known = _known.setdefault(model, {}) if model is not None else {}
+    if pattern not in known:
+        known[pattern] = _probe(tape, output, n)
+    return known[pattern]
+
+
+def _batch_statistics(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+
+
+def _pattern(call: Call, n: int) -> tuple:
+    return call.name, id(call.weight), id(call.bias), call.samples == n, tuple(size == n for size in call.x.shape)
+
+
+def _probe(tape: Tape, output: Tensor, n: int) -> Rows:
+    last = last_calls(tape, output)
+    used: list[dict[int, Tensor]] = [
+        {},
+        {},
+    ]  # by call: whether the gradient reaches a row, of the first and last sample
+    whole = output.detach().new_zeros(output.shape).reshape(n, -1)
+    weights = torch.randn(whole.shape[1], generator=torch.Generator().manual_seed(0)).to(whole)
+
+    for sample, seen in zip((0, n - 1), used, strict=True):
+
+        def arrived(number: int, grad: Tensor, seen: dict[int, Tensor] = seen) -> None:
+            axes = tape.calls[number].row_axes
+            if axes is not None:
+                seen[number] = (grad != 0).flatten(axes).any(-1)
+
+        u = whole.clone()
+        u[sample] = weights
+        pull_back(tape, output, u.reshape(output.shape), last, arrived, retain=True)
+
+    mixed, shared = set(), set()
+    for number, first in used[0].items():
+        other = used[1].get(number, torch.zeros_like(first))
+        if bool((first & other).any()):
+            shared.add(number)
+        if first.shape[0] != n or bool(first[1:].any()) or bool(other[:-1].any()):
+            mixed.add(number)
+    return Rows(frozenset(mixed), frozenset(shared))

@@ -1,0 +1,149 @@
+"""Layers whose rows are not the samples': looked up or computed once for the batch, or with time first; N = T among them."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from truths import own_gradients, relative
+
+import hvpfast as hf
+
+TOKENS, WIDTH = 5, 4
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_default_dtype(before)
+
+
+class Positions(nn.Module):
+    """Tokens and positions, these by a table: looked up with (T,), (1, T), (N, T) indices, or with a factor on the sum."""
+
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+        self.tokens, self.positions = nn.Embedding(7, WIDTH), nn.Embedding(8, WIDTH, padding_idx=1)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        index = torch.arange(x.shape[1])
+        index = {"(T,)": index, "(1, T)": index[None]}.get(self.how, index.expand(x.shape))
+        places = self.positions(index)
+        h = torch.add(self.tokens(x), places, alpha=2) if self.how == "scaled" else self.tokens(x) + places
+        return self.head(torch.tanh(h).mean(1))
+
+
+class Queries(nn.Module):
+    """A linear layer over learned queries, the same for every sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.project = nn.Parameter(torch.randn(TOKENS, WIDTH)), nn.Linear(WIDTH, WIDTH)
+        self.tokens, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.tokens(x) + self.project(self.queries)).mean(1))
+
+
+class TimeFirst(nn.Module):
+    """Layers between two transpositions: (T, N, D)."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.inner, self.head = nn.Embedding(7, WIDTH), nn.Linear(WIDTH, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(self.tokens(x).transpose(0, 1))).transpose(0, 1).mean(1))
+
+
+class FromPast(nn.Module):
+    """Tokens above zero say which queries a sample uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.project, self.head = nn.Parameter(torch.randn(TOKENS, 2)), nn.Linear(2, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(x.to(self.queries) @ torch.tanh(self.project(self.queries)))
+
+
+MODELS = {how: lambda how=how: Positions(how) for how in ("(T,)", "(1, T)", "(N, T)", "scaled")}
+MODELS |= {"queries": Queries, "time first": TimeFirst, "from the past": FromPast}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("n", [TOKENS - 1, TOKENS, TOKENS + 5])
+def test_per_sample_quantities(name, n):
+    model, loss = MODELS[name](), nn.CrossEntropyLoss()
+    x, y = torch.randint(0, 7, (n, TOKENS)), torch.randint(0, 3, (n,))
+    x = torch.randint(1, 7, (n, TOKENS)).tril() if name == "from the past" else x
+    rows = own_gradients(model, loss, x, y)
+    got = hf.per_sample_grads(model, loss, (x, y))
+    assert relative(torch.cat([part.reshape(n, -1) for part in got.values()], 1), rows) < 1e-12
+    assert relative(hf.per_sample_grad_norms(model, loss, (x, y)), rows.norm(dim=1)) < 1e-12
+    assert relative(hf.per_sample_gram(model, loss, (x, y)), rows @ rows.T) < 1e-12
+    squares = hf.grad_second_moment(model, loss, (x, y))
+    assert relative(torch.cat([part.reshape(-1) for part in squares.values()]), rows.square().sum(0)) < 1e-12
+    fisher = hf.EmpiricalFisher(model, loss, (x, y), blocks=True).to_dense()
+    assert relative(fisher.trace(), rows.square().sum() / n) < 1e-12
+    corrected = hf.EKFAC(model, loss, (x, y), fisher_type="empirical")
+    assert relative(corrected.trace(), rows.square().sum() / n) < 1e-10
+
+
+@pytest.mark.parametrize("n", [1, TOKENS - 1, TOKENS, 2 * TOKENS])
+def test_a_table_looked_up_once_has_the_factors_of_one_looked_up_by_every_sample(n):
+    each = Positions("(N, T)")
+    x, y = torch.randint(0, 7, (n, TOKENS)), torch.randint(0, 3, (n,))
+    for how in ("(T,)", "(1, T)"):
+        once = Positions(how)
+        once.load_state_dict(each.state_dict())
+        for fisher_type in ("type-2", "mc", "empirical", "forward-only"):
+            for approx in ("expand", "reduce"):
+                a, b = (
+                    hf.KFAC(m, F.cross_entropy, (x, y), fisher_type=fisher_type, kfac_approx=approx)
+                    for m in (each, once)
+                )
+                assert a.factors.keys() == b.factors.keys()
+                assert relative(b.to_dense(), a.to_dense()) < 1e-12, (how, fisher_type, approx)
+
+
+@pytest.mark.parametrize("how", ["(T,)", "(1, T)"])
+def test_a_table_looked_up_once_on_a_tape(how):
+    model, x, y = Positions(how), torch.randint(0, 7, (TOKENS, TOKENS)), torch.randint(0, 3, (TOKENS,))
+    with hf.record(model) as tape:
+        F.cross_entropy(model(x), y).backward()
+    truth = own_gradients(model, nn.CrossEntropyLoss(), x, y).norm(dim=1)
+    assert relative(hf.per_sample_grad_norms(tape, reduction="mean"), truth) < 1e-12
+
+
+@pytest.mark.parametrize("n", [TOKENS - 1, TOKENS, 2 * TOKENS])
+def test_rows_that_serve_several_samples_have_no_factors(n):
+    """Of a linear layer over shared rows, gradients arrive summed over samples: its block is made of rows, and exact."""
+    model, loss = Queries(), nn.CrossEntropyLoss()
+    x, y = torch.randint(0, 7, (n, TOKENS)), torch.randint(0, 3, (n,))
+    names = ["project.weight", "project.bias"]
+    for data in ((x, y), [(x[:2], y[:2]), (x[2:], y[2:])]):
+        kfac = hf.KFAC(model, loss, data, params=names, fisher_type="type-2")
+        truth = hf.GGN(model, loss, data, params=names)
+        assert not kfac.factors
+        assert relative(kfac.to_dense(), truth.to_dense()) < 1e-12
+
+
+def test_forward_only_of_a_norm_layer_is_the_mean_square_of_what_it_scales():
+    for layer, shape in ((nn.LayerNorm(4), (6, 4)), (nn.LayerNorm((3, 4)), (6, 3, 4)), (nn.RMSNorm(4), (6, 5, 4))):
+        x = torch.randn(shape)
+        model = nn.Sequential(layer, nn.Flatten(), nn.Linear(x[0].numel(), 3))
+        foof = hf.KFAC(
+            model, F.cross_entropy, (x, torch.arange(6) % 3), fisher_type="forward-only", params=["0.weight"]
+        )
+        axes = x.dim() - layer.weight.dim()
+        truth = layer(x).detach().square().flatten(0, axes - 1).mean(0)  # weights are 1, biases 0
+        assert relative(foof.to_dense().diagonal(), truth.reshape(-1)) < 1e-12
