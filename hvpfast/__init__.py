@@ -1,6 +1,6 @@
 """hvpfast: a custom-kernel accelerated curvature engine for PyTorch."""
 
-from hvpfast import dispatch, dynamics, landscape, ops, testing
+from hvpfast import dispatch, dynamics, landscape, ops, optim, testing
 from hvpfast.capture import (
     NonFiniteError,
     StateError,

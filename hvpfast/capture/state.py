@@ -12,6 +12,13 @@ from torch.overrides import TorchFunctionMode
 
 from hvpfast.capture.errors import StateError
 
+_measuring = 0  # how many `preserved` blocks are open
+
+
+def measuring() -> bool:
+    """Whether the model is being run by this package, within `preserved`: such passes are no part of the user's training."""
+    return _measuring > 0
+
 
 @contextlib.contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
@@ -32,6 +39,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     copies: dict[int, torch.Tensor] = {}
     tables = [module for module in modules if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
     options = [(module, module.sparse, module.scale_grad_by_freq) for module in tables]
+    global _measuring
+    _measuring += 1
     try:
         for module in tables:
             module.sparse = module.scale_grad_by_freq = False
@@ -42,6 +51,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     module._buffers[name] = copies[id(tensor)]
             yield
     finally:
+        _measuring -= 1
         for module, training in modes:
             module.training = training
         for module, sparse, scaled in options:

@@ -1,0 +1,375 @@
+"""What a preconditioner keeps of each diagonal block: running factors, their inverse, and how gradients go through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from hvpfast.arguments import accumulate_dtype
+from hvpfast.capture.sites import site_of
+from hvpfast.capture.units import Layout, Unit
+from hvpfast.operators.accumulate import KroneckerSums, RowSums
+from hvpfast.operators.blocks import joined
+from hvpfast.operators.factor import Dense, Diagonal, Factor
+from hvpfast.operators.spectral import Eigen, Spectrum, cholesky_inverses, eigendecompose, pi
+from hvpfast.optim.passes import Pass
+
+
+class Running:
+    """A running average of tensors that starts with the first value, and takes none that is not finite: no host waits.
+
+    Attributes:
+        values: the averages, each in its own shape. started: whether there is one, a bool tensor ().
+    """
+
+    def __init__(self, values: Sequence[Tensor], started: Tensor):
+        self.values, self.started = list(values), started
+
+    @classmethod
+    def empty(cls, like: Sequence[Tensor]) -> Running:
+        return cls([torch.zeros_like(x) for x in like], torch.zeros((), dtype=torch.bool, device=like[0].device))
+
+    def add(self, new: Sequence[Tensor], decay: float) -> Tensor:
+        """values = decay values + (1 - decay) new; overwrites `new`. Returns whether it was taken, a bool tensor ()."""
+        fine = torch.stack([x.sum(dtype=torch.float64) for x in new]).isfinite().all()
+        weight = torch.where(self.started, 1 - decay, 1.0)
+        for old, x in zip(self.values, new, strict=True):
+            old.lerp_(torch.where(fine, x, old, out=x), weight.to(old.dtype))
+        self.started = self.started | fine
+        return fine
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(*self.values)
+
+
+def nbytes(*tensors: Tensor | None) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors if x is not None)
+
+
+class Layer:
+    """One diagonal block of the preconditioner; `KroneckerLayer` and `RowLayer` fill it in.
+
+    Attributes:
+        unit: its parameters and their layout. params: the parameters. names: the key of checkpoints.
+    """
+
+    def __init__(self, unit: Unit, params: Mapping[str, Tensor], factor_dtype: torch.dtype | None):
+        self.unit, self.params = unit, [params[name] for name in unit.names]
+        self.names = ", ".join(unit.names)
+        self.dtype = factor_dtype or accumulate_dtype(self.params[0].dtype)
+        self.running: Running | None = None
+        self.sums: KroneckerSums | RowSums | None = None
+
+    @property
+    def label(self) -> str:
+        return self.unit.name or self.names
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an inverse to go through."""
+        raise NotImplementedError
+
+    def collect(self, run: Pass, number: int, grad: Tensor) -> None:
+        """Take a gradient at a call's output into the sums of this step."""
+        raise NotImplementedError
+
+    def end(self, run: Pass) -> None:
+        """Take what waited for the pass to be complete."""
+
+    def totals(self, terms: float, weight: float) -> list[Tensor]:
+        """The step's own factors."""
+        raise NotImplementedError
+
+    def update(self, terms: float, weight: float, decay: float) -> Tensor | None:
+        """Take the step's sums into the running average; None where there are none, else whether they were finite."""
+        if self.sums is None:
+            return None
+        new, self.sums = self.totals(terms, weight), None
+        if self.running is None:
+            self.running = Running.empty(new)
+        return self.running.add(new, decay)
+
+    def precondition(self, grads: Sequence[Tensor], damping: float) -> tuple[list[Tensor], Tensor]:
+        """(block + damping)^-1 of the gradients, shaped like them, and its inner product with them ()."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, object]:
+        """Copies of all tensors, and what tells one block from another."""
+        unit, running = self.unit, self.running
+        layout = None if unit.layout is None else list(dataclasses.astuple(unit.layout))
+        kept: dict[str, object] = {"name": unit.name, "names": list(unit.names), "layout": layout}
+        if running is not None:
+            kept["factors"], kept["started"] = [x.clone() for x in running.values], running.started.clone()
+        return kept
+
+    def restore(self, kept: Mapping[str, object], inverses: bool) -> None:
+        if "factors" in kept:
+            device = self.params[0].device
+            values = [x.to(device, self.dtype, copy=True) for x in kept["factors"]]
+            self.running = Running(values, kept["started"].to(device, copy=True))
+
+    def memory(self) -> dict[str, int]:
+        """Bytes under kfac-pytorch's names."""
+        raise NotImplementedError
+
+
+class KroneckerLayer(Layer):
+    """A block G (x) A: eigenbases with exact damping ("eigen"), or damped inverses of both factors ("inverse")."""
+
+    def __init__(self, unit, params, factor_dtype, inv_dtype: torch.dtype | None, method: str, approx: str):
+        super().__init__(unit, params, factor_dtype)
+        self.layout: Layout = unit.layout
+        self.inv_dtype, self.method, self.approx = inv_dtype or self.dtype, method, approx
+        self.eigen: tuple[Eigen, Eigen] | None = None  # of A and G
+        self.inverses: tuple[Tensor, Tensor] | None = None  # of A and G: (B, I, I), or (B, I) for a diagonal
+        self._spectrum: Spectrum | None = None  # in inv_dtype
+        self._scale: tuple[float, Tensor] | None = None  # the damping, and 1 / (eigenvalues + damping)
+
+    @property
+    def ready(self) -> bool:
+        return self.inverses is not None or self._spectrum is not None
+
+    @property
+    def factors(self) -> tuple[Factor, Factor]:
+        """A and G, which share their storage with the running average."""
+        a, g = ((Diagonal if x.dim() == 2 else Dense)(x) for x in self.running.values)
+        return a, g
+
+    def _waits(self, run: Pass) -> bool:
+        return self.approx == "reduce" and len(run_unit(run, self).calls) > 1
+
+    def collect(self, run: Pass, number: int, grad: Tensor) -> None:
+        unit = run_unit(run, self)
+        if self.sums is None:
+            self.sums = KroneckerSums(unit, run, self.approx, False, self.dtype, grad.device)
+        self.sums.unit = unit
+        if self.names not in run.seen:
+            run.seen.add(self.names)
+            for i in unit.calls:
+                run.tape.calls[i].check()
+            self.sums.add_inputs(run)
+        if self._waits(run):
+            run.held.setdefault(self.names, []).append((number, grad))
+        else:
+            self.sums.add_outputs(run, number, grad)
+
+    def end(self, run: Pass) -> None:
+        if self._waits(run):
+            for number, grad in run.held.get(self.names, ()):
+                self.sums.add_outputs(run, number, grad)
+            self.sums.end_column(run)
+
+    def totals(self, terms: float, weight: float) -> list[Tensor]:
+        return [factor.data for factor in self.sums.finish(terms, weight)]
+
+    # Inverses -----------------------------------------------------------------------------------------------------------
+
+    def set_eigen(self, a: Eigen, g: Eigen) -> None:
+        self.eigen = a, g
+        self._refresh()
+
+    def _refresh(self) -> None:
+        a, g = (x if self.inv_dtype is self.dtype else x.to(self.inv_dtype) for x in self.eigen)
+        self._spectrum, self._scale = Spectrum(g, a, self._eigenvalues()), None
+
+    def _eigenvalues(self) -> Tensor | None:
+        """(B, O, I), or None for the products of the factors' own."""
+        return None
+
+    def set_inverses(self, a: Tensor, g: Tensor) -> None:
+        self.inverses = a.to(self.inv_dtype), g.to(self.inv_dtype)
+
+    def precondition(self, grads: Sequence[Tensor], damping: float) -> tuple[list[Tensor], Tensor]:
+        given = joined(self.layout, [grad.unsqueeze(0) for grad in grads]).to(self.inv_dtype)
+        v = given
+        if self.inverses is not None:
+            v = _both_sides(*self.inverses, given)
+        else:
+            if self._scale is None or self._scale[0] != damping:
+                self._scale = damping, (self._spectrum.values + damping).reciprocal_()
+            rotated = self._spectrum.rotate(given)
+            v = self._spectrum.rotate_back(
+                rotated.mul_(self._scale[1]) if rotated is not given else rotated * self._scale[1]
+            )
+        return [part[0] for part in self.layout.split(v)], _dot(given, v)
+
+    def state(self) -> dict[str, object]:
+        kept = super().state()
+        if self.eigen is not None:
+            kept["eigen"] = [{name: x.clone() for name, x in eigen.state().items()} for eigen in self.eigen]
+        if self.inverses is not None:
+            kept["inverses"] = [x.clone() for x in self.inverses]
+        return kept
+
+    def restore(self, kept: Mapping[str, object], inverses: bool) -> None:
+        super().restore(kept, inverses)
+        if not inverses:
+            return
+        device = self.params[0].device
+        if "eigen" in kept and self.method == "eigen":
+            eigen = [{n: x.to(device, self.dtype, copy=True) for n, x in one.items()} for one in kept["eigen"]]
+            self.set_eigen(*(Eigen.from_state(one) for one in eigen))
+        if "inverses" in kept and self.method == "inverse":
+            self.set_inverses(*(x.to(device, copy=True) for x in kept["inverses"]))
+
+    def memory(self) -> dict[str, int]:
+        factors = [0, 0] if self.running is None else [nbytes(x) for x in self.running.values]
+        batch = [0, 0] if self.sums is None else [nbytes(x) for x in self.sums._totals]
+        inverses = [0, 0] if self.inverses is None else [nbytes(x) for x in self.inverses]
+        if self.eigen is not None:
+            inverses = [e.nbytes for e in self.eigen]
+            if self.inv_dtype is not self.dtype:
+                inverses = [x + e.nbytes for x, e in zip(inverses, (self._spectrum.a, self._spectrum.g), strict=True)]
+            inverses[1] += nbytes(self._spectrum.values, self._scale and self._scale[1])
+        kinds = zip(("factors", "batch", "inverses"), (factors, batch, inverses), strict=True)
+        return {f"{side}_{kind}": sizes[i] for kind, sizes in kinds for i, side in enumerate("ag")}
+
+
+class RowLayer(Layer):
+    """The block of a norm layer, or of a table that is also a Linear's weight: (p, p), or a diagonal (p,); damped exactly."""
+
+    def __init__(self, unit, params, factor_dtype, inv_dtype: torch.dtype | None):
+        super().__init__(unit, params, factor_dtype)
+        self.inv_dtype = inv_dtype or self.dtype
+        self._parameters = params
+        self.inverse: Tensor | None = None  # (1, p, p); of a diagonal block (p,), the values: damped as they are used
+
+    @property
+    def ready(self) -> bool:
+        return self.inverse is not None
+
+    def collect(self, run: Pass, number: int, grad: Tensor) -> None:
+        run.seen.add(self.names)
+        uses = run.held.setdefault(self.names, [])
+        uses.append((number, grad))
+        if len(uses) == len(run_unit(run, self).calls):
+            self.end(run)
+
+    def end(self, run: Pass) -> None:
+        uses = [(run.tape.calls[i], grad) for i, grad in run.held.pop(self.names, ())]
+        if not uses:
+            return
+        if self.sums is None:
+            self.sums = RowSums(self.unit, self._parameters, self.dtype, self.params[0].device)
+        sites = []
+        for call, _ in uses:
+            call.check()
+        for p in self.params:
+            as_weight = [(call.normal, grad) for call, grad in uses if call.weight is p]
+            as_bias = [(call.normal, grad) for call, grad in uses if call.bias is p]
+            sites.append(site_of(tuple(p.shape), as_weight, as_bias, run.samples))
+        self.sums.add(sites, run.samples, run.weight)
+
+    def totals(self, terms: float, weight: float) -> list[Tensor]:
+        return [self.sums.finish(weight)]
+
+    def set_inverse(self, inverse: Tensor) -> None:
+        self.inverse = inverse.to(self.inv_dtype)
+
+    def precondition(self, grads: Sequence[Tensor], damping: float) -> tuple[list[Tensor], Tensor]:
+        given = torch.cat([grad.reshape(-1) for grad in grads]).to(self.inv_dtype)
+        v = self.inverse[0] @ given if self.inverse.dim() == 3 else given / (self.inverse + damping)
+        parts = v.split([grad.numel() for grad in grads])
+        return [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)], _dot(given, v)
+
+    def state(self) -> dict[str, object]:
+        kept = super().state()
+        return kept if self.inverse is None else {**kept, "inverses": [self.inverse.clone()]}
+
+    def restore(self, kept: Mapping[str, object], inverses: bool) -> None:
+        super().restore(kept, inverses)
+        if inverses and "inverses" in kept:
+            self.set_inverse(kept["inverses"][0].to(self.params[0].device, copy=True))
+
+    def memory(self) -> dict[str, int]:
+        return {
+            "g_factors": 0 if self.running is None else self.running.nbytes,
+            "g_batch": 0 if self.sums is None else nbytes(self.sums.total),
+            "g_inverses": nbytes(self.inverse),
+        }
+
+
+def run_unit(run: Pass, layer: Layer) -> Unit:
+    """The layer's block in this pass: the same parameters, with this pass's calls."""
+    return next(unit for unit in run.units if unit.names == layer.unit.names)
+
+
+def _both_sides(right: Tensor, left: Tensor, v: Tensor) -> Tensor:
+    """left v right for v (1, B, O, I), the cheaper order first; a side (B, n) is a diagonal."""
+    if right.dim() == 2:
+        v = v * right[:, None]
+        return v * left[..., None] if left.dim() == 2 else left @ v
+    if left.dim() == 2:
+        return v * left[..., None] @ right
+    if v.shape[1] == 1:
+        return (left[0] @ (v[0, 0] @ right[0]))[None, None]
+    return left @ (v @ right)
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x.reshape(-1), y.reshape(-1)).to(accumulate_dtype(x.dtype))
+
+
+def invert(layers: Sequence[Layer], damping: float, tolerance: float) -> dict[str, str]:
+    """New inverses of all these layers, factors of one size together; the reason for each that had to keep its old one.
+
+    Waits for the device: LAPACK's verdicts are looked at.
+    """
+    fine = [layer for layer in layers if layer.running is not None and bool(layer.running.started)]
+    failed: dict[str, str] = {}
+    for function in (_eigenbases, _factored, _rows):
+        mine = [layer for layer in fine if function is _method(layer)]
+        try:
+            function(mine, damping, tolerance)
+        except ValueError:  # the index in the message is of the batch: find the layer
+            for layer in mine:
+                try:
+                    function([layer], damping, tolerance)
+                except ValueError as error:
+                    failed[layer.label] = str(error)
+    return failed
+
+
+def _method(layer: Layer):
+    if isinstance(layer, RowLayer):
+        return _rows
+    return _eigenbases if layer.method == "eigen" else _factored
+
+
+def _eigenbases(layers: Sequence[KroneckerLayer], damping: float, tolerance: float) -> None:
+    factors = [factor for layer in layers for factor in layer.factors]
+    before = [eigen if tolerance else None for layer in layers for eigen in (layer.eigen or (None, None))]
+    found = eigendecompose(factors, previous=before, tolerance=tolerance)
+    for layer, a, g in zip(layers, found[::2], found[1::2], strict=True):
+        layer.set_eigen(a, g)
+
+
+def _factored(layers: Sequence[KroneckerLayer], damping: float, tolerance: float) -> None:
+    factors, shifts = [], []
+    for layer in layers:
+        a, g = layer.factors
+        ratio = pi(a, g)
+        factors += [a, g]
+        shifts += [math.sqrt(damping) * ratio, math.sqrt(damping) / ratio]
+    dense = [i for i, factor in enumerate(factors) if isinstance(factor, Dense)]
+    inverses = dict(zip(dense, cholesky_inverses([factors[i] for i in dense], [shifts[i] for i in dense]), strict=True))
+    for i, factor in enumerate(factors):
+        if i not in inverses:
+            inverses[i] = (factor.data + shifts[i][:, None]).reciprocal()
+    for number, layer in enumerate(layers):
+        layer.set_inverses(inverses[2 * number], inverses[2 * number + 1])
+
+
+def _rows(layers: Sequence[RowLayer], damping: float, tolerance: float) -> None:
+    whole = [layer for layer in layers if layer.running.values[0].dim() == 2]
+    factors = [Dense(layer.running.values[0].unsqueeze(0)) for layer in whole]
+    for layer, inverse in zip(whole, cholesky_inverses(factors, [damping] * len(factors)), strict=True):
+        layer.set_inverse(inverse)
+    for layer in layers:
+        if layer.running.values[0].dim() == 1:
+            layer.set_inverse(layer.running.values[0].clone())
