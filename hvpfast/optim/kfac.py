@@ -256,7 +256,7 @@ class KFACPreconditioner:
 
     def _update_factors(self) -> None:
         check_structure(self.model, self._params, self._shapes, self._who)
-        if not self._recorder.passes:
+        if not self._recorder.passes and not self._recorder.bare:
             cause = (
                 "call preconditioner.sample(output, target) between forward and backward"
                 if self.fisher_type == "mc"

@@ -61,7 +61,7 @@ class Recorder:
             those of the user's backward pass; else those of `pull`.
 
     A pass belongs to the graph of its forward pass and goes with it, unless a gradient has arrived: then it is kept in
-    `passes` until `clear`. A tape refers to no node of the graph, since the nodes refer to it.
+    `passes` until `clear`; `bare` says that one had no layer to wait for. A tape refers to no node of the graph, since the nodes refer to it.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Recorder:
         self.model, self.params, self.passes = model, dict(params), []
         self._due, self._arrived, self._listening = due, arrived, listening
         self._recording = self._latest = None
+        self.bare = False
         me = weakref.ref(self)  # a copy of the model has the same hooks: they are not for it
 
         def before(module: nn.Module, args: object) -> None:
@@ -100,6 +101,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget every pass."""
+        self.bare = False
         for one in self.passes:
             one.release()
         self.passes.clear()
@@ -153,6 +155,7 @@ class Recorder:
         tape._watch = tape._model = None
         units = units_of(tape, names, tensors, covered)
         run = Pass(tape, units, samples, _terms(first, tape, samples))
+        self.bare = self.bare or not run.by_call
         if self._listening:
             for call in tape.calls:
                 call.edge = None

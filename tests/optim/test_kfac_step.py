@@ -21,6 +21,7 @@ PLAIN = {
     "recurrent": {"lstm.weight_ih_l0", "lstm.weight_hh_l0", "lstm.bias_ih_l0", "lstm.bias_hh_l0"},
     "keywords": {"right.weight", "right.bias"},
     "tuple": {"right.weight", "right.bias"},
+    "low rank": {"down", "up", "scale", "head.weight", "head.bias"},
     "batchnorm in eval": {"1.weight", "1.bias"},
 }
 
