@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 class Rows(NamedTuple):
-    """Calls, by number. mixed: sample n does not have row n of the first axis to itself. shared: some row, counted over
-    the batch's axis and all positions, serves several samples."""
+    """Calls, by number. scattered: the rows, over the batch's axis and all positions, are not N equal parts in the order of
+    the samples. shared: some row serves several samples."""
 
-    mixed: frozenset[int]
+    scattered: frozenset[int]
     shared: frozenset[int]
 
 
-_NONE = Rows(frozenset(), frozenset())
+UNKNOWN = Rows(frozenset(), frozenset())
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Rows]] = weakref.WeakKeyDictionary()
 
 
@@ -71,7 +71,7 @@ def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows
     """
     modules = [] if model is None else list(model.modules())
     if n < 2 or not output.numel() or any(map(_batch_statistics, modules)):
-        return _NONE  # one sample shares nothing; batch statistics mix samples everywhere, by design
+        return UNKNOWN  # one sample shares nothing; batch statistics mix samples everywhere, by design
     pattern = tuple(_pattern(call, n) for call in tape.calls)
     known = _known.setdefault(model, {}) if model is not None else {}
     if pattern not in known:
@@ -107,11 +107,12 @@ def _probe(tape: Tape, output: Tensor, n: int) -> Rows:
         u[sample] = weights
         pull_back(tape, output, u.reshape(output.shape), last, arrived, retain=True)
 
-    mixed, shared = set(), set()
+    scattered, shared = set(), set()
     for number, first in used[0].items():
         other = used[1].get(number, torch.zeros_like(first))
         if bool((first & other).any()):
             shared.add(number)
-        if first.shape[0] != n or bool(first[1:].any()) or bool(other[:-1].any()):
-            mixed.add(number)
-    return Rows(frozenset(mixed), frozenset(shared))
+        part = first.numel() // n
+        if first.numel() % n or bool(first.reshape(-1)[part:].any()) or bool(other.reshape(-1)[:-part].any()):
+            scattered.add(number)
+    return Rows(frozenset(scattered), frozenset(shared))

@@ -17,7 +17,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from hvpfast.capture.attention import projections
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
-from hvpfast.capture.rows import rows_of, shared_tables
+from hvpfast.capture.rows import UNKNOWN, rows_of, shared_tables
 from hvpfast.capture.sites import TIED, Site, site_of
 
 # Layers whose first axis is the batch by definition.
@@ -58,10 +58,11 @@ class Call:
 
 
 class Tape:
-    """The calls of one forward pass, in order. Filled within `recording`."""
+    """The calls of one forward pass, in order. Filled within `recording`; `rows`, by `covered`."""
 
     def __init__(self, model: nn.Module | None = None, watch: Watch | None = None) -> None:
         self.calls: list[Call] = []
+        self.rows = UNKNOWN
         self._model, self._watch = model, watch
 
     def covered(
@@ -95,11 +96,11 @@ class Tape:
                     kinds.setdefault(id(p), set()).add(kind)
         # Tied across different kinds of layers: no one rule has all of it.
         doubtful.update(p for p, mine in kinds.items() if len(mine) > 1 and mine != TIED)
-        mixed, shared = rows_of(self, self._model, output, n)
+        self.rows = rows_of(self, self._model, output, n)
         for number, call in enumerate(self.calls):
             mine = [id(p) for p in (call.weight, call.bias) if p is not None]
             strict = not folded or call.normal.kind == "scale" or any(kinds[p] == TIED for p in mine)
-            if (call.samples != n or number in mixed) if strict else (number in shared):
+            if (call.samples != n or number in self.rows.scattered) if strict else (number in self.rows.shared):
                 doubtful.update(mine)
         return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]
 
@@ -131,10 +132,11 @@ def recording(model: nn.Module, params: Sequence[Tensor], watch: Watch | None = 
     tape, wanted, handles = Tape(model, watch), {id(p) for p in params}, []
 
     def hook(name: str):
-        def record(module: nn.Module, args: tuple, output: Tensor) -> None:
+        def record(module: nn.Module, args: tuple, named: dict, output: Tensor) -> None:
             rule = rule_of(module)
             if rule is None or not isinstance(output, Tensor) or not output.requires_grad:
                 return
+            args = args or tuple(named.values())
             x = args[0].detach() if args and isinstance(args[0], Tensor) else None
             if x is None or x.dim() < 1 or output.dim() < 2:
                 return
@@ -159,7 +161,7 @@ def recording(model: nn.Module, params: Sequence[Tensor], watch: Watch | None = 
                 id(p) in wanted for p in module._parameters.values() if p is not None
             ):
                 # First of all hooks, so that the output is the layer's own.
-                handles.append(module.register_forward_hook(hook(name), prepend=True))
+                handles.append(module.register_forward_hook(hook(name), prepend=True, with_kwargs=True))
         yield tape
     finally:
         for handle in handles:

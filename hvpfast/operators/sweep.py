@@ -61,11 +61,12 @@ class Run:
         self.apart = self._positions > 1 and self._are_apart()
 
     def weights(self, number: int) -> tuple[Tensor | None, float]:
-        """What each row of a call's input counts, (S,) or (S, T) for S rows, None where all count the same; and the
-        factor to all, still without the number of rows that the unit has in all its calls."""
+        """What each row of a call's input counts, (S,) or (S, T) for S rows, and the factor to all, still without the number
+        of rows that the unit has in all its calls. None: all count the same, or are taken to, where rows are not in the
+        order of the samples (time first)."""
         call = self.tape.calls[number]
         s, t, n = call.samples, call.kronecker.positions, self.samples
-        if self._terms is None or s % n:
+        if self._terms is None or s % n or number in self.tape.rows.scattered:
             return None, self.total
         if self.apart and s * t == n * self._positions:
             by_position = self._terms.reshape(s, t)

@@ -137,6 +137,32 @@ def test_rows_that_serve_several_samples_have_no_factors(n):
         assert relative(kfac.to_dense(), truth.to_dense()) < 1e-12
 
 
+class Backwards(nn.Module):
+    """Samples in reverse, and layers called by keyword."""
+
+    def __init__(self, reverse: bool):
+        super().__init__()
+        self.inner, self.head, self.order = nn.Linear(4, 3), nn.Linear(3, 3), [0] if reverse else []
+
+    def forward(self, x):
+        return self.head(input=torch.tanh(self.inner(input=x.flip(self.order)))).flip(self.order)
+
+
+def test_weights_of_the_loss_go_to_their_rows_or_to_none():
+    """A counts rows as the loss does where they are the samples' in order; where they are not, it is their plain mean."""
+    weights, x, y = torch.tensor([1.0, 5.0, 0.0]), torch.randn(6, 4), torch.arange(6) % 3
+    loss, plain, reverse = nn.CrossEntropyLoss(weight=weights), Backwards(False), Backwards(True)
+    reverse.load_state_dict(plain.state_dict())
+    ordered, scattered = (hf.KFAC(m, loss, (x, y), fisher_type="type-2").factors["inner"] for m in (plain, reverse))
+    rows = torch.cat([x, torch.ones(6, 1)], 1)
+    assert relative(ordered.G, scattered.G) < 1e-12
+    assert relative(ordered.A, rows.T @ (rows * weights[y][:, None]) / weights[y].sum()) < 1e-12
+    assert relative(scattered.A, rows.T @ rows / 6) < 1e-12
+    for model in (plain, reverse):
+        truth = own_gradients(model, nn.CrossEntropyLoss(), x, y).norm(dim=1)
+        assert relative(hf.per_sample_grad_norms(model, nn.CrossEntropyLoss(), (x, y)), truth) < 1e-12
+
+
 def test_forward_only_of_a_norm_layer_is_the_mean_square_of_what_it_scales():
     for layer, shape in ((nn.LayerNorm(4), (6, 4)), (nn.LayerNorm((3, 4)), (6, 3, 4)), (nn.RMSNorm(4), (6, 5, 4))):
         x = torch.randn(shape)
