@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import ahead_streams, gram, moments, products, sample_dots, sample_grads, sample_gram
+from . import ahead_conv, ahead_streams, gram, moments, products, sample_dots, sample_grads, sample_gram
 from . import sample_norms_squared as norms
 from .ahead_case import DTYPE, POINTERS, VARIANTS, Case, label
 from .tiles import Tile
@@ -208,7 +208,7 @@ def _sample_gram_cases() -> Iterator[Case]:
 def cases() -> list[Case]:
     """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
     made = (_gram_cases, _norms_cases, _moments_cases, _product_cases, _grads_cases, _dots_cases, _sample_gram_cases)
-    plain = [case for make in (*made, *ahead_streams.MADE) for case in make()]
+    plain = [case for make in (*made, *ahead_conv.MADE, *ahead_streams.MADE) for case in make()]
     return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
 
 

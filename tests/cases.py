@@ -47,7 +47,7 @@ SIZES = (
 # Sizes at which kernels block, split or go parallel; in one layout only.
 LARGE = (Size(300, 1, 130, 7, 1), Size(2, 129, 33, 70, 2), Size(1, 700, 48, 16, 1), Size(9, 40, 257, 31, 1))
 PATCHED = ("conv_gram",)  # nine times the features: left out where I is larger than this
-MOST_PATCHED = 70
+MOST_PATCHED, MOST_INTERPRETED = 70, 60  # of I, of T I
 # Triton's interpreter takes up to a second a call: every size and variant in one layout and float32, a few in the others.
 INTERPRETED_SIZES = (Size(3, 17, 65, 63, 1), Size(17, 1, 63, 65, 3), Size(0, 4, 5, 3, 3), Size(2, 3, 17, 1, 3))
 
@@ -69,9 +69,11 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
 }
 
 
-def fitting(name: str, sizes: tuple[Size, ...]) -> list[Size]:
+def fitting(name: str, sizes: tuple[Size, ...], interpreted: bool = False) -> list[Size]:
     """Those of the sizes that a test of an op has time for."""
-    return [size for size in sizes if name not in PATCHED or size.i <= MOST_PATCHED]
+    if name not in PATCHED:
+        return list(sizes)
+    return [size for size in sizes if (size.t * size.i <= MOST_INTERPRETED if interpreted else size.i <= MOST_PATCHED)]
 
 
 def implementations() -> list[tuple[str, str]]:

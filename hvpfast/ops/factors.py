@@ -81,7 +81,7 @@ def _check_conv_gram(
         raise ValueError(f"conv_gram: beta is {beta} but there is no out to scale; pass out=, or leave beta at 0")
 
 
-@op(check=_check_conv_gram, backends=("cpu",))
+@op(check=_check_conv_gram, backends=("cpu", "triton"))
 def conv_gram(
     x: Tensor,
     kernel_size: int | Sequence[int],
