@@ -72,7 +72,7 @@ def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows
     modules = [] if model is None else list(model.modules())
     if n < 2 or not output.numel() or any(map(_batch_statistics, modules)):
         return UNKNOWN  # one sample shares nothing; batch statistics mix samples everywhere, by design
-    pattern = tuple(_pattern(call, n) for call in tape.calls)
+    pattern = pattern_of(tape, n)
     known = _known.setdefault(model, {}) if model is not None else {}
     if pattern not in known:
         known[pattern] = _probe(tape, output, n)
@@ -83,8 +83,12 @@ def _batch_statistics(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
 
 
-def _pattern(call: Call, n: int) -> tuple:
-    return call.name, id(call.weight), id(call.bias), call.samples == n, tuple(size == n for size in call.x.shape)
+def pattern_of(tape: Tape, n: int) -> tuple:
+    """Which layers were called, and which of their inputs' axes are as long as the batch."""
+    return tuple(
+        (call.name, id(call.weight), id(call.bias), call.samples == n, tuple(size == n for size in call.x.shape))
+        for call in tape.calls
+    )
 
 
 def _probe(tape: Tape, output: Tensor, n: int) -> Rows:

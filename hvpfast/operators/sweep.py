@@ -7,15 +7,17 @@ backward pass a column computes the gradients at layers' outputs alone: no weigh
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvpfast.capture.data import Batch, batch_size
 from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.problem import Evaluated, Problem, finite
 from hvpfast.capture.pull import Receive, last_calls, pull_back
+from hvpfast.capture.rows import pattern_of
 from hvpfast.capture.samples import autograd_rows
 from hvpfast.capture.sites import DenseSite, Site, site_of
 from hvpfast.capture.state import preserved
@@ -24,6 +26,7 @@ from hvpfast.capture.units import Unit, units_of
 
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only", "curvature-propagation")
 
+_apart: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 ReceiveSites = Callable[[Unit, list[Site]], None]  # a unit without a layout, and one column's rows of each parameter
 
 
@@ -58,7 +61,7 @@ class Run:
         terms = loss.terms(f, batch.target, self._axis).reshape(n, -1)
         self.total, self._positions = float(terms.sum()), terms.shape[1]
         self._terms = None if bool((terms == terms[0, 0]).all()) else terms
-        self.apart = self._positions > 1 and self._are_apart()
+        self.apart = self._positions > 1 and self._known_apart()
 
     def weights(self, number: int) -> tuple[Tensor | None, float]:
         """What each row of a call's input counts, (S,) or (S, T) for S rows, and the factor to all, still without the number
@@ -191,24 +194,36 @@ class Run:
         shape = [n for i, n in enumerate(f.shape) if i != self._axis]
         return terms.reshape(*shape, -1).movedim(-1, self._axis)
 
+    def _known_apart(self) -> bool:
+        """`_are_apart`, asked once for a model, its layers' calls and the output's extents."""
+        known = _apart.setdefault(self._sweep.problem.model, {})
+        key = (pattern_of(self.tape, self.samples), self._axis, self._output.shape[1:])
+        if key not in known:
+            known[key] = self._are_apart()
+        return known[key]
+
     def _are_apart(self) -> bool:
-        """Whether every position of the output depends on one position of every layer: does a gradient put on the first
-        positions alone reach other positions anywhere?"""
+        """Whether every position of the output depends on one position of every layer: does a gradient put on the last
+        position alone, or on the first, reach other positions anywhere? (Under causal attention the first never does.)"""
         n, t = self.samples, self._positions
         calls = self.tape.calls
         if not calls or not all(self._covered) or any(c.samples * c.kronecker.positions != n * t for c in calls):
             return False
+        return not any(self._spills(position) for position in (t - 1, 0))
+
+    def _spills(self, position: int) -> bool:
+        n, t = self.samples, self._positions
         u = self._as_terms(torch.zeros_like(self._output))
-        u[:, 0] = torch.randn(u[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(u)
+        u[:, position] = torch.randn(u[:, 0].shape, generator=torch.Generator().manual_seed(0)).to(u)
+        others = torch.arange(t, device=u.device) != position
         spilt: list[bool] = []
 
         def look(number: int, grad: Tensor) -> None:
-            g = calls[number].kronecker.grads(grad)
-            g = g.reshape(g.shape[0], n, t, -1)
-            spilt.append(bool(g[:, :, 1:].any()))
+            g = self.tape.calls[number].kronecker.grads(grad)
+            spilt.append(bool(g.reshape(g.shape[0], n, t, -1)[:, :, others].any()))
 
         self._backward(self._from_terms(u), look, retain=True)
-        return not any(spilt)
+        return any(spilt)
 
     # Backward passes ----------------------------------------------------------------------------------------------------
 
