@@ -19,14 +19,16 @@ def net(seed=0, dropout=0.0):
     )
 
 
-def batch(step, n=8):
+def batch(step, n=8, dtype=torch.float32):
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(n, 1, 4, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)
+    return torch.randn(n, 1, 4, 4, generator=generator, dtype=torch.float32).to(dtype), torch.randint(
+        0, 3, (n,), generator=generator
+    )
 
 
 def train(model, preconditioner, optimizer, steps):
     for step in steps:
-        x, y = batch(step)
+        x, y = batch(step, dtype=next(model.parameters()).dtype)
         optimizer.zero_grad()
         output = model(x)
         if preconditioner.fisher_type == "mc":

@@ -252,7 +252,7 @@ class KFACPreconditioner:
         self._recorder.clear()
         self._terms = self._weight = 0.0
         for layer in self._layers.values():
-            layer.sums = None
+            layer.reset()
 
     def _update_factors(self) -> None:
         check_structure(self.model, self._params, self._shapes, self._who)

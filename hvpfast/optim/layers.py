@@ -81,6 +81,10 @@ class Layer:
     def end(self, run: Pass) -> None:
         """Take what waited for the pass to be complete."""
 
+    def reset(self) -> None:
+        """Forget the sums of this step."""
+        self.sums = None
+
     def totals(self, terms: float, weight: float) -> list[Tensor]:
         """The step's own factors."""
         raise NotImplementedError

@@ -23,7 +23,8 @@ class Pass:
         units: the diagonal blocks. samples: N. terms: of the loss that the output has, its positions included.
         total: what the inputs' mean counts it. weight: the factor of every outer product of output gradients.
         apart: whether the loss has a term a position. seen: blocks that a gradient reached.
-        held: gradients (call's number, gradient) of blocks that cannot be summed as they arrive.
+        held: gradients (call's number, gradient) of blocks that cannot be summed as they arrive. late: whether second
+            moments wait for the bases that the step will bring.
     """
 
     columns = 1
@@ -31,8 +32,9 @@ class Pass:
     def __init__(self, tape: Tape, units: list[Unit], samples: int, terms: int):
         self.tape, self.units, self.samples, self.terms = tape, units, samples, terms
         self.total, self.weight, self.apart = float(terms), 1.0, terms > samples
-        self.seen: set[tuple[str, ...]] = set()
-        self.held: dict[tuple[str, ...], list[tuple[int, Tensor]]] = {}
+        self.seen: set[str] = set()
+        self.held: dict[str, list[tuple[int, Tensor]]] = {}
+        self.late = False
         self.by_call: dict[int, list[Unit]] = {}
         for unit in units:
             for number in unit.calls if unit.own else ():
@@ -61,7 +63,8 @@ class Recorder:
             those of the user's backward pass; else those of `pull`.
 
     A pass belongs to the graph of its forward pass and goes with it, unless a gradient has arrived: then it is kept in
-    `passes` until `clear`; `bare` says that one had no layer to wait for. A tape refers to no node of the graph, since the nodes refer to it.
+    `passes` until `clear`; `bare` says that one had no layer to wait for. A tape refers to no node of
+    the graph, since the nodes refer to it.
     """
 
     def __init__(

@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvpfast as hf
-from hvpfast.optim import KFACPreconditioner, layers
+from hvpfast.optim import EKFACPreconditioner, KFACPreconditioner, layers
 
-KINDS = [KFACPreconditioner]
+KINDS = [KFACPreconditioner, EKFACPreconditioner]
 
 
 # Intervals and schedules -----------------------------------------------------------------------------------------------
