@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import ahead_conv, ahead_streams, gram, moments, products, sample_dots, sample_grads, sample_gram
+from . import ahead_conv, ahead_streams, gram, grouped, moments, products, sample_dots, sample_grads, sample_gram
 from . import sample_norms_squared as norms
 from .ahead_case import DTYPE, POINTERS, VARIANTS, Case, label
 from .tiles import Tile
@@ -205,9 +205,26 @@ def _sample_gram_cases() -> Iterator[Case]:
                 )  # fmt: skip
 
 
+def _grouped_cases() -> Iterator[Case]:
+    types = {"jobs_ptr": "*i64", "programs_ptr": "*i32", "damping_ptr": "*fp32"}
+    plain, divided, both = (True, False, False), (False, False, True), (True, True, False)
+    asked = {"bf16x6": ((plain, True), (divided, True), (both, True), (plain, False)), "bf16": ((plain, True),)}
+    asked["ieee"] = ((plain, True), (divided, False))
+    for name, variants in asked.items():
+        tile = grouped.TILES[name]
+        for (x_by_k, y_by_k, divide), aligned in variants:
+            constants = {"PRECISION": name, "FIELDS": grouped.FIELDS, "SIDE": tile.side, "DEPTH": tile.depth}
+            constants |= {"CHUNK": tile.chunk, "X_BY_K": x_by_k, "Y_BY_K": y_by_k, "DIVIDE": divide, "ALIGNED": aligned}
+            how = f"{'xk' if x_by_k else 'x'}{'yk' if y_by_k else 'y'}"
+            config = label(name, tile, how, "even" if aligned else "odd")
+            function = grouped._grouped_kernel
+            yield Case("grouped", "fp32", config, function, types, constants, (), tile, name != "ieee")
+
+
 def cases() -> list[Case]:
     """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
     made = (_gram_cases, _norms_cases, _moments_cases, _product_cases, _grads_cases, _dots_cases, _sample_gram_cases)
+    made = (*made, _grouped_cases)
     plain = [case for make in (*made, *ahead_conv.MADE, *ahead_streams.MADE) for case in make()]
     return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
 

@@ -140,7 +140,7 @@ def _lanes_kernel(
     x_ptr, items_ptr, part_ptr, stride_n, step_z, step_y, step_x, channels,
     AXES: tl.constexpr, FIELDS: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One item: x[r, c] x[r + delta, c + shift] summed for SIDE channels c, where both are of one group: part (programs, SIDE)."""
+    """One item: x[r, c] x[r + delta, c + shift] summed for SIDE channels c, both of one group, into part (programs, SIDE)."""
     item_ptr = items_ptr + tl.program_id(0) * FIELDS
     left_ptr, right_ptr = x_ptr + tl.load(item_ptr), x_ptr + tl.load(item_ptr + 1)
     start, stop = tl.load(item_ptr + 2).to(tl.int32), tl.load(item_ptr + 3).to(tl.int32)

@@ -40,7 +40,7 @@ def _check_kron_apply(left, v, right):
         _check_kron("kron_apply", layer["v"], ("left", layer["left"]), ("right", layer["right"]))
 
 
-@op(check=_check_kron_apply)
+@op(check=_check_kron_apply, backends=("triton",))
 def kron_apply(
     left: Tensor | Sequence[Tensor], v: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor]
 ) -> Tensor | list[Tensor]:
@@ -70,7 +70,7 @@ def _check_kron_solve(v, qg, qa, eigenvalues, damping):
         raise ValueError(f"kron_solve: damping has {len(damping)} entries; give one number, or one a layer")
 
 
-@op(check=_check_kron_solve)
+@op(check=_check_kron_solve, backends=("triton",))
 def kron_solve(
     v: Tensor | Sequence[Tensor],
     qg: Tensor | Sequence[Tensor],
