@@ -88,6 +88,8 @@ def cpu_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, 
     rows = x.numel() // features
     if rows < 64 and features >= 96:
         return "fewer than 64 rows of 96 features or more: both write the result, and little else is to do"
+    if rows < 128 and features >= 192 and not _cpu_uses_amx(x, precision):
+        return "fewer than 128 rows of 192 features or more, in full precision: torch's product is as fast"
     if features <= 4 and rows >= (16384 if x.element_size() >= 4 else 1024):
         return "at most 4 features: reading x is all there is, and torch's product does it at least as fast"
     return None

@@ -189,6 +189,7 @@ bool conv_by_patches(const Engine<T>& engine, const Convolution& x, double alpha
     const int64_t seen_at = carver.take(threads * 4), packed_at = carver.take(form * forms * (share ? 2 : groups));
     const int64_t copies_each = (kept * patches.size * size + 63) / 64 * 64, copies_at = carver.take(copies_each * threads);
     const int64_t stage_each = amx ? depth * engine.panel * size : 0, stage_at = carver.take(stage_each * threads);
+    const int64_t patch = shape.patch_elements(size), turned_at = carver.take(threads * patch * size);
     char* const base = workspace(carver.used);
     T* const sums = reinterpret_cast<T*>(base + sums_at);
     float* const low = amx ? reinterpret_cast<float*>(base + low_at) : nullptr;
@@ -227,8 +228,9 @@ bool conv_by_patches(const Engine<T>& engine, const Convolution& x, double alpha
                             for (int64_t i = i0; i < i_last; ++i, ++at) {
                                 if (at < mine_first || at >= mine_last) continue;
                                 T* const to = c + shape.at(i, j);
+                                const Ahead soon{i + 1 < i_last ? to + square : nullptr, nullptr, 0};
                                 engine.block(mode, a + i * bytes, b + j * bytes, least(engine.panel, out.rows - i * engine.panel), nj, k, i == j, to,
-                                             i + 1 < i_last ? to + square : nullptr);
+                                             &soon);
                             }
                         }
             }
@@ -242,7 +244,8 @@ bool conv_by_patches(const Engine<T>& engine, const Convolution& x, double alpha
             if (index == 0) fits = false;
             return;
         }
-        mirror_squares<T>(shape, total * index / count, total * (index + 1) / count, sums, groups, shape.elements(), low, groups, alpha, beta, out);
+        mirror_squares<T>(shape, index, count, sums, groups, shape.elements(), low, groups, alpha, beta, out,
+                          reinterpret_cast<T*>(base + turned_at) + index * patch);
     });
     return fits;
 }

@@ -250,14 +250,22 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
 // products; each operand tile is loaded once a group. `a1`, `b1`: bytes from the first strip to the second, 0 where
 // there is none (its sums are then not used: one tile alone would wait for its own product's latency).
 template <int PARTS>
-HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t a1, int64_t b1, int64_t groups, const char* fetch) {
+HVPFAST_INLINE void sum_2x2(const char* a, const char* b, int64_t a1, int64_t b1, int64_t groups, const Ahead* ahead) {
     constexpr int64_t kStep = 2 * PARTS * kTile;
-    const char* const fetched = fetch == nullptr ? nullptr : fetch + kPanel * kPanel * 4;
+    const char *sums = nullptr, *past = nullptr, *lines = nullptr;
+    int64_t each = 0;
+    if (ahead != nullptr) {
+        sums = static_cast<const char*>(ahead->sums);
+        past = sums == nullptr ? nullptr : sums + kPanel * kPanel * 4;
+        lines = ahead->lines;
+        each = ceil_div(ahead->count, groups);
+    }
     for (int64_t g = 0; g < groups; ++g, a += kStep, b += kStep) {
-        if (fetch != fetched) {
+        if (sums != past) {
 #pragma GCC unroll 8
-            for (int line = 0; line < 8; ++line, fetch += 64) _mm_prefetch(fetch, _MM_HINT_T0);
+            for (int line = 0; line < 8; ++line, sums += 64) _mm_prefetch(sums, _MM_HINT_T0);
         }
+        for (int64_t line = 0; line < each; ++line, lines += 64) _mm_prefetch(lines, _MM_HINT_T1);
         if (PARTS == 1) {
             _tile_loadd(6, b, 64);
             _tile_loadd(4, a, 64);
@@ -331,12 +339,12 @@ double total(const float* held, const float* with, int64_t ni, int64_t nj) {
 
 template <int PARTS>
 double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t nj, int64_t k, bool, float* c,
-             const float* next) {
+             const Ahead* ahead) {
     alignas(64) float held[kPanel * kPanel];
     __asm__ volatile("" ::: "memory");  // the tile intrinsics do not say that they read memory
     zero_sums();
     sum_2x2<PARTS>(static_cast<const char*>(left), static_cast<const char*>(right), ni > 16 ? PARTS * kTile : 0,
-                   nj > 16 ? PARTS * kTile : 0, ceil_div(k, kGroup), reinterpret_cast<const char*>(next));
+                   nj > 16 ? PARTS * kTile : 0, ceil_div(k, kGroup), ahead);
     store_sums(mode == Mode::store ? c : held);
     if (mode == Mode::add) {
         add_block(c, held);

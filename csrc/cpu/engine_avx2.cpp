@@ -21,6 +21,7 @@ struct Float256 {
     using T = float;
     using V = __m256;
     static constexpr int W = 8, R = 4;
+    HVPFAST_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     HVPFAST_INLINE V zero() { return _mm256_setzero_ps(); }
     HVPFAST_INLINE V load(const T* p) { return _mm256_loadu_ps(p); }
     HVPFAST_INLINE V broadcast(const T* p) { return _mm256_broadcast_ss(p); }
@@ -67,6 +68,7 @@ struct Double256 {
     using T = double;
     using V = __m256d;
     static constexpr int W = 4, R = 4;
+    HVPFAST_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     HVPFAST_INLINE V zero() { return _mm256_setzero_pd(); }
     HVPFAST_INLINE V load(const T* p) { return _mm256_loadu_pd(p); }
     HVPFAST_INLINE V broadcast(const T* p) { return _mm256_broadcast_sd(p); }

@@ -24,6 +24,7 @@ struct Float512 {
     using T = float;
     using V = __m512;
     static constexpr int W = 16, R = 8;
+    HVPFAST_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     HVPFAST_INLINE V zero() { return _mm512_setzero_ps(); }
     HVPFAST_INLINE V load(const T* p) { return _mm512_loadu_ps(p); }
     HVPFAST_INLINE V broadcast(const T* p) { return _mm512_set1_ps(*p); }
@@ -68,6 +69,7 @@ struct Double512 {
     using T = double;
     using V = __m512d;
     static constexpr int W = 8, R = 8;
+    HVPFAST_INLINE void fetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     HVPFAST_INLINE V zero() { return _mm512_setzero_pd(); }
     HVPFAST_INLINE V load(const T* p) { return _mm512_loadu_pd(p); }
     HVPFAST_INLINE V broadcast(const T* p) { return _mm512_set1_pd(*p); }

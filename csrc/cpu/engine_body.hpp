@@ -21,26 +21,50 @@ struct Body {
         int64_t count = 1, left = 0, right = 0;  // in elements
     };
 
+    struct Lines {  // to fetch while a tile is summed; `sums`: also the sums that it joins
+        const char* at = nullptr;
+        int64_t count = 0;
+        bool sums = false;
+    };
+
+    template <int NJ>
+    HVPFAST_INLINE void step(const T* a, const T* b, int64_t stride, V (&acc)[R][NJ]) {
+        V right[NJ];
+#pragma GCC unroll 4
+        for (int j = 0; j < NJ; ++j) right[j] = P::load(b + j * stride);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            const V left = P::broadcast(a + r);
+#pragma GCC unroll 4
+            for (int j = 0; j < NJ; ++j) acc[r][j] = P::fma(left, right[j], acc[r][j]);
+        }
+    }
+
     // `pitch`: from one k to the next; `stride`: from one strip of b to the next.
     template <int NJ>
-    HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs, int64_t pitch = W) {
+    HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs,
+                               const Lines& lines = Lines(), int64_t pitch = W) {
         V acc[R][NJ];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int j = 0; j < NJ; ++j) acc[r][j] = P::zero();
-        for (int64_t run = 0; run < runs.count; ++run, a += runs.left, b += runs.right)
-            for (int64_t kk = 0; kk < k; ++kk) {
-                V right[NJ];
+        for (int64_t run = 0; run < runs.count; ++run, a += runs.left, b += runs.right) {
+            int64_t kk = 0;
+            if (lines.sums) {
+                for (; kk < least(k, R); ++kk) {
 #pragma GCC unroll 4
-                for (int j = 0; j < NJ; ++j) right[j] = P::load(b + j * stride + kk * pitch);
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    const V left = P::broadcast(a + kk * pitch + r);
-#pragma GCC unroll 4
-                    for (int j = 0; j < NJ; ++j) acc[r][j] = P::fma(left, right[j], acc[r][j]);
+                    for (int j = 0; j < NJ; ++j) P::fetch(c + kk * kPanel + j * W);
+                    step(a + kk * pitch, b + kk * pitch, stride, acc);
                 }
             }
+            const int64_t past = least(k, kk + lines.count);
+            for (const char* line = lines.at; kk < past; ++kk, line += 64) {
+                P::fetch(line);
+                step(a + kk * pitch, b + kk * pitch, stride, acc);
+            }
+            for (; kk < k; ++kk) step(a + kk * pitch, b + kk * pitch, stride, acc);
+        }
         if (mode == Mode::sum_square) {
             V sum = P::zero();
 #pragma GCC unroll 16
@@ -70,10 +94,11 @@ struct Body {
         return 0;
     }
 
-    static double tiles(int nj, Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs) {
-        if (nj == 3) return tile<3>(mode, a, b, k, stride, c, runs);
-        if (nj == 2) return tile<2>(mode, a, b, k, stride, c, runs);
-        return tile<1>(mode, a, b, k, stride, c, runs);
+    static double tiles(int nj, Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs,
+                        const Lines& lines = Lines()) {
+        if (nj == 3) return tile<3>(mode, a, b, k, stride, c, runs, lines);
+        if (nj == 2) return tile<2>(mode, a, b, k, stride, c, runs, lines);
+        return tile<1>(mode, a, b, k, stride, c, runs, lines);
     }
 
     // Sum over the valid part of an edge tile only: a zero feature times an inf would give NaN.
@@ -91,13 +116,16 @@ struct Body {
     }
 
     static double block(Mode mode, const void* left, const void* right, int64_t ni, int64_t nj, int64_t k, bool upper,
-                        T* c, const T*) {
+                        T* c, const Ahead* ahead) {
         const T* a = static_cast<const T*>(left);
         const T* b = static_cast<const T*>(right);
         const int64_t stride = strip_stride(k);
         const bool sums = mode == Mode::sum_square || mode == Mode::dot;
         double sum = 0;
-        for (int64_t i = 0; i < ni; i += R) {
+        Lines lines;
+        lines.sums = ahead != nullptr && mode == Mode::add;
+        if (ahead != nullptr) lines.at = ahead->lines, lines.count = ceil_div(ahead->count, ceil_div(ni, R));
+        for (int64_t i = 0; i < ni; i += R, lines.at += 64 * lines.count) {
             const int64_t first = upper ? i / W : 0;  // strips left of the diagonal are not needed
             if (first * W >= nj) break;
             const T* rows = a + (i / W) * stride + i % W;
@@ -107,14 +135,14 @@ struct Body {
             if (sums && (i + R > ni || wide % W != 0))
                 sum += edge(mode, rows, cols, least(R, ni - i), wide, k, stride, at);
             else
-                sum += tiles(int(ceil_div(wide, W)), mode, rows, cols, k, stride, at, Runs());
+                sum += tiles(int(ceil_div(wide, W)), mode, rows, cols, k, stride, at, Runs(), lines);
         }
         return sum;
     }
 
     template <int NJ>
     static void direct_tile(Mode mode, const T* a, const T* b, int64_t k, int64_t pitch, T* c) {
-        tile<NJ>(mode, a, b, k, W, c, Runs(), pitch);
+        tile<NJ>(mode, a, b, k, W, c, Runs(), Lines(), pitch);
     }
 
     static void direct(Mode mode, const T* x, int64_t pitch, int64_t k, int64_t features, T* c) {
@@ -188,6 +216,9 @@ struct Body {
                 T* at = dst + s * stride + k0 * W;
                 const int n = int(most(0, least(W, cols - s * W)));
                 if (x.col_stride == 1 && n > 0) {
+                    const int64_t size = x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2;
+                    const char* const next = static_cast<const char*>(x.data) + (s * W + kGroup * x.inner_stride) * size;
+                    for (int r = 0; r < group; ++r) P::fetch(next + offset[r] * size);
                     for (int r = 0; r < group; ++r) P::store(at + r * W, loaded(x, offset[r] + s * W, n));
                 } else if (run && group == kGroup && x.dtype == (sizeof(T) == 4 ? Dtype::f32 : Dtype::f64) &&
                            W == kGroup && P::turn(static_cast<const T*>(x.data) + offset[0] + s * W * x.col_stride, x.col_stride, n, at, W)) {

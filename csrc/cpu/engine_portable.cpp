@@ -17,6 +17,7 @@ struct Plain {
     struct V {
         T lane[W];
     };
+    HVPFAST_INLINE void fetch(const void*) {}
     HVPFAST_INLINE V zero() { return V{}; }
     HVPFAST_INLINE V load(const T* p) {
         V v;

@@ -1,70 +1,89 @@
 // The epilogue of symmetric products: sums the threads' copies, scales, and writes both triangles.
 #include "triangle.hpp"
 
-#include <cmath>
+#include "engine.hpp"
+#include "rowwise.hpp"
+#include "tiers.hpp"
 
 namespace hvpfast {
 namespace {
 
-constexpr int64_t kWidest = 48;
-
 // rows x cols of `from` (rows of `pitch`) into out at (r0, c0).
 template <class T>
-void write(const T* from, int64_t pitch, int64_t rows, int64_t cols, T alpha, T beta, const Out& out, int64_t r0, int64_t c0) {
+void write(const Rowwise<T>& rowwise, const T* from, int64_t pitch, int64_t rows, int64_t cols, T beta, const Out& out, int64_t r0,
+           int64_t c0, bool stream) {
     T* base = static_cast<T*>(out.data) + r0 * out.row_stride + c0 * out.col_stride;
+    if (out.col_stride == 1 && beta == 0) return rowwise.copy(from, pitch, rows, cols, base, out.row_stride, stream);
     for (int64_t r = 0; r < rows; ++r, from += pitch, base += out.row_stride) {
         if (out.col_stride == 1) {
-            if (beta == 0) {
-                for (int64_t c = 0; c < cols; ++c) base[c] = alpha * from[c];
-            } else {
-                for (int64_t c = 0; c < cols; ++c) base[c] = beta * base[c] + alpha * from[c];
-            }
+            for (int64_t c = 0; c < cols; ++c) base[c] = beta * base[c] + from[c];
         } else {
             for (int64_t c = 0; c < cols; ++c) {
                 T& to = base[c * out.col_stride];
-                to = beta == 0 ? alpha * from[c] : beta * to + alpha * from[c];
+                to = beta == 0 ? from[c] : beta * to + from[c];
             }
         }
     }
 }
+
+const Rowwise<float>& row_kernels(float) { return rowwise_f32(tier_in_use()); }
+const Rowwise<double>& row_kernels(double) { return rowwise_f64(tier_in_use()); }
+const Engine<float>& vector_engine(float) { return engine_f32(tier_in_use()); }
+const Engine<double>& vector_engine(double) { return engine_f64(tier_in_use()); }
 
 }  // namespace
 
 template <class T>
-void mirror_squares(const Triangle& shape, int64_t first, int64_t last, const T* squares, int64_t copies, int64_t apart,
-                    const float* diagonal, int64_t groups, double alpha, double beta, const Out& out) {
-    alignas(64) T sum[kWidest * kWidest], turned[kWidest * kWidest];
-    const int64_t panel = shape.panel, size = panel * panel;
-    int64_t j = int64_t((std::sqrt(8.0 * double(first) + 1.0) - 1.0) / 2.0);
-    while (j * (j + 1) / 2 > first) --j;
-    while ((j + 1) * (j + 2) / 2 <= first) ++j;
-    int64_t i = first - j * (j + 1) / 2;
-    for (int64_t square = first; square < last; ++square) {
-        const T* from = squares + square * size;
-        const int64_t ni = least(panel, out.rows - i * panel), nj = least(panel, out.cols - j * panel);
-        for (int64_t e = 0; e < ni * panel; ++e) sum[e] = from[e];
-        for (int64_t copy = 1; copy < copies; ++copy)
-            for (int64_t e = 0; e < ni * panel; ++e) sum[e] += from[copy * apart + e];
-        if (i == j) {
-            for (int64_t r = 0; r < ni; ++r) {
-                if (diagonal != nullptr)
-                    for (int64_t group = 0; group < groups; ++group)
-                        sum[r * panel + r] += diagonal[group * shape.panels * panel + i * panel + r];
-                for (int64_t c = r + 1; c < nj; ++c) sum[c * panel + r] = sum[r * panel + c];
-            }
-        } else {
-            for (int64_t r = 0; r < ni; ++r)
-                for (int64_t c = 0; c < nj; ++c) turned[c * panel + r] = sum[r * panel + c];
-            write<T>(turned, panel, nj, ni, T(alpha), T(beta), out, j * panel, i * panel);
+void mirror_squares(const Triangle& shape, int index, int count, const T* squares,
+                    int64_t copies, int64_t apart, const float* diagonal, int64_t groups, double alpha, double beta, const Out& out,
+                    T* scratch) {
+    const Rowwise<T>& rowwise = row_kernels(T());
+    const auto turn = vector_engine(T()).turn;
+    const int64_t panel = shape.panel, side = shape.patch(int64_t(sizeof(T))), pitch = side * panel;
+    const bool stream = side > 1;
+    T *const straight = scratch, *const turned = scratch + pitch * pitch;
+    int64_t before = 0;
+    for (int64_t j0 = 0; j0 < shape.panels; j0 += side)
+        for (int64_t i0 = 0; i0 <= j0; i0 += side) {
+            const int64_t i_last = least(shape.panels, i0 + side), j_last = least(shape.panels, j0 + side);
+            const int64_t first = before;
+            before += i0 == j0 ? (j_last - j0) * (j_last - j0 + 1) / 2 : (i_last - i0) * (j_last - j0);
+            if (first * count / shape.squares() != index) continue;
+            for (int64_t j = j0; j < j_last; ++j)
+                for (int64_t i = i0; i < i_last && i <= j; ++i) {
+                    const T* const from = squares + shape.at(i, j);
+                    T* const to = straight + (i - i0) * panel * pitch + (j - j0) * panel;
+                    const int64_t ni = least(panel, out.rows - i * panel), nj = least(panel, out.cols - j * panel);
+                    for (int64_t r = 0; r < ni; ++r) {
+                        T* const row = to + r * pitch;
+                        for (int64_t c = 0; c < panel; ++c) row[c] = from[r * panel + c];
+                        for (int64_t copy = 1; copy < copies; ++copy)
+                            for (int64_t c = 0; c < panel; ++c) row[c] += from[copy * apart + r * panel + c];
+                        if (i == j && diagonal != nullptr)
+                            for (int64_t group = 0; group < groups; ++group)
+                                row[r] += T(diagonal[group * shape.panels * panel + i * panel + r]);
+                        if (alpha != 1)
+                            for (int64_t c = 0; c < panel; ++c) row[c] *= T(alpha);
+                    }
+                    if (i == j) {
+                        for (int64_t r = 0; r < ni; ++r)
+                            for (int64_t c = r + 1; c < nj; ++c) to[c * pitch + r] = to[r * pitch + c];
+                    } else {
+                        T* const mirrored = i0 == j0 ? straight + (j - j0) * panel * pitch + (i - i0) * panel
+                                                     : turned + (j - j0) * panel * pitch + (i - i0) * panel;
+                        turn(to, pitch, ni, nj, mirrored, pitch);
+                    }
+                }
+            const int64_t rows = least(out.rows, i_last * panel) - i0 * panel, cols = least(out.cols, j_last * panel) - j0 * panel;
+            write<T>(rowwise, straight, pitch, rows, cols, T(beta), out, i0 * panel, j0 * panel, stream);
+            if (i0 != j0) write<T>(rowwise, turned, pitch, cols, rows, T(beta), out, j0 * panel, i0 * panel, stream);
         }
-        write<T>(sum, panel, ni, nj, T(alpha), T(beta), out, i * panel, j * panel);
-        if (++i > j) i = 0, ++j;
-    }
+    if (stream) rowwise.flush();
 }
 
-template void mirror_squares<float>(const Triangle&, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, double,
-                                    double, const Out&);
-template void mirror_squares<double>(const Triangle&, int64_t, int64_t, const double*, int64_t, int64_t, const float*, int64_t,
-                                     double, double, const Out&);
+template void mirror_squares<float>(const Triangle&, int, int, const float*, int64_t, int64_t,
+                                    const float*, int64_t, double, double, const Out&, float*);
+template void mirror_squares<double>(const Triangle&, int, int, const double*, int64_t,
+                                     int64_t, const float*, int64_t, double, double, const Out&, double*);
 
 }  // namespace hvpfast

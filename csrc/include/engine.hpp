@@ -46,6 +46,13 @@ struct Walk {
     int64_t k, runs, left_step, right_step, packed;
 };
 
+// What a block fetches for later ones while it multiplies: a panel of the last-level cache would else be waited for.
+struct Ahead {
+    const void* sums;   // the c of the next call, or null
+    const char* lines;  // `count` cache lines of panels that are needed soon; may be null if count is 0
+    int64_t count;
+};
+
 template <class T>
 struct Engine {
     int64_t panel;    // features a panel, and the row length of c
@@ -57,9 +64,9 @@ struct Engine {
     // may be null, and with one_form only `a` is written. With `ones`, feature x.cols is 1 in every row.
     void (*pack)(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* a, void* b, PackStats* stats);
     // c (rows of length `panel`) over the first ni x nj features. `upper`: only elements on and above the diagonal are
-    // needed. `next` is the c of the next call, or null: it is prefetched.
+    // needed. `ahead` may be null.
     double (*block)(Mode mode, const void* a, const void* b, int64_t ni, int64_t nj, int64_t k, bool upper, T* c,
-                    const T* next);
+                    const Ahead* ahead);
     // c (= or +=) x'x on and above the diagonal, for at most one panel of features that lie side by side, unpacked: `k`
     // rows, `pitch` apart. Reads up to a strip's width past the last row's end. Null on AMX.
     void (*direct)(Mode mode, const T* x, int64_t pitch, int64_t k, int64_t features, T* c);

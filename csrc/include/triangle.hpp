@@ -11,13 +11,21 @@ struct Triangle {
     int64_t squares() const { return panels * (panels + 1) / 2; }
     int64_t at(int64_t i, int64_t j) const { return (j * (j + 1) / 2 + i) * panel * panel; }
     int64_t elements() const { return squares() * panel * panel; }
+    // Panels along the side of a patch, which is put together in L2 and leaves in rows of about a kilobyte: a result
+    // beyond the caches is written past them, and pieces of a panel's width fill memory at half the rate.
+    int64_t patch(int64_t element_bytes) const {
+        const int64_t features = panel * panels;
+        return features * features * element_bytes > (int64_t(8) << 20) ? most(1, 1024 / element_bytes / panel) : 1;
+    }
+    int64_t patch_elements(int64_t element_bytes) const { return 2 * patch(element_bytes) * patch(element_bytes) * panel * panel; }
 };
 
-// Writes squares [first, last) of the triangle (numbered j (j + 1) / 2 + i) and their mirror images:
-// out = beta out + alpha sum_t copies[t], `copies` lying `apart` elements from each other. `diagonal` (or null) holds
-// `groups` rows of panels * panel values that are added to the diagonal.
+// Writes thread `index`'s share of the triangle and of its mirror image: out = beta out + alpha sum_t copies[t], `copies`
+// lying `apart` elements from each other. `diagonal` (or null) holds `groups` rows of panels * panel values that are added
+// to the diagonal. `scratch`: patch_elements(sizeof(T)).
 template <class T>
-void mirror_squares(const Triangle& shape, int64_t first, int64_t last, const T* squares, int64_t copies, int64_t apart,
-                    const float* diagonal, int64_t groups, double alpha, double beta, const Out& out);
+void mirror_squares(const Triangle& shape, int index, int count, const T* squares,
+                    int64_t copies, int64_t apart, const float* diagonal, int64_t groups, double alpha, double beta, const Out& out,
+                    T* scratch);
 
 }  // namespace hvpfast

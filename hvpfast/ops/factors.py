@@ -45,9 +45,11 @@ def gram(
         TypeError: not a real floating tensor, or `out` of another dtype than the result's.
         ValueError: `out` of another shape or device, or beta without `out`.
     """
-    rows = wide(x).reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = wide(x) if x.dim() == 2 else wide(x).reshape(x.shape[:-1].numel(), x.shape[-1])
     if ones_column:
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
+    if out is not None and out.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr():
+        return out.addmm_(rows.T, rows, beta=beta, alpha=alpha)
     product = rows.T @ rows
     if out is None:
         return product if alpha == 1 else product * alpha

@@ -56,6 +56,7 @@ def test_many_features_share_the_triangle(tier):
     with tiers.forced(tier), tiers.threads(2):
         check(draw((70, 1601), torch.float32), "bf16x3")
         check(draw((530, 1540), torch.bfloat16, "transposed"), "ieee", ones_column=True, beta=0.5)
+        check(draw((2700, 1540), torch.float32), "ieee")  # packed in two passes
 
 
 @pytest.mark.parametrize("tier", tiers.TIERS)
