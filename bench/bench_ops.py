@@ -28,6 +28,10 @@ def contestants(row: Row) -> list[str]:
 PAIRS = [(device, row, name) for device in devices() for row in ROWS for name in contestants(row)]
 
 
+def _joined(result) -> torch.Tensor:
+    return result if isinstance(result, torch.Tensor) else torch.cat([x.flatten() for x in result])
+
+
 def compete(row: Row, device: str, pace):
     op = dispatch.OPS[row.op]
     args, kwargs = inputs(row, device)
@@ -53,7 +57,7 @@ def compete(row: Row, device: str, pace):
         if name.startswith("hvpfast"):
             assert_accurate(result, op, *args, precision=precision, **before)
         elif name != "reference":  # a formulation may round its result to 16 bit; it must still be the same quantity
-            truth = op.reference(*args, **before).double()
+            truth, result = _joined(op.reference(*args, **before)).double(), _joined(result)
             error = float((result.double().reshape(truth.shape) - truth).norm() / truth.norm())
             assert error <= 1e-5 + 4 * torch.finfo(row.dtype).eps, f"relative error {error:.1e}"
 

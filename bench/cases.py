@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import grad, vmap
 
 from hvpfast.testing import make_inputs
+
+_SIZES = {"gram": "n i", "softmax_hvp": "n o k", "kron_apply": "i o k", "kron_solve": "i o k"}
 
 
 class Row(NamedTuple):
@@ -28,6 +31,7 @@ class Row(NamedTuple):
     side: int = 0
     kernel: int = 0
     options: tuple[int, int, int, int] = (1, 0, 1, 1)
+    layers: int = 0  # lists of so many layers; 0: single tensors
 
     @property
     def name(self) -> str:
@@ -38,9 +42,10 @@ class Row(NamedTuple):
             )
             label += (f" dilation {dilation}" if dilation > 1 else "") + (f" groups {groups}" if groups > 1 else "")
             return f"{self.op} {label} {str(self.dtype).removeprefix('torch.')}"
-        sizes = {"gram": "n i", "softmax_hvp": "n o k"}.get(self.op, "n t i o k").split()
+        sizes = _SIZES.get(self.op, "n t i o k").split()
         label = " ".join(f"{s.upper()}={getattr(self, s)}" for s in sizes if s != "k" or self.k > 1)
         extra = "" if self.layout == "contiguous" else f" {self.layout}"
+        extra += f" {self.layers} layers" if self.layers else ""
         return f"{self.op} {label} {str(self.dtype).removeprefix('torch.')}{extra}"
 
     def shrunk(self) -> Row:
@@ -51,8 +56,9 @@ class Row(NamedTuple):
             channels = few if groups == self.i else min(self.i, 4 * few)
             return self._replace(n=2, i=channels, side=min(self.side, 9), options=(stride, padding, dilation, few))
         return self._replace(
-            n=min(self.n, 24), t=min(self.t, 9), i=min(self.i, 24), o=min(self.o, 24), k=min(self.k, 2)
-        )
+            n=min(self.n, 24), t=min(self.t, 9), i=min(self.i, 24), o=min(self.o, 24), k=min(self.k, 2),
+            layers=min(self.layers, 3),
+        )  # fmt: skip
 
 
 # (N, T, I, O): MLP layers, a transformer's linear maps, unfolded convolutions, long sequences of few features.
@@ -92,7 +98,13 @@ ROWS: tuple[Row, ...] = (
     Row("sample_norms_squared", 16, 128, 256, 1024, dtype=_half),
     Row("sample_norms_squared", 64, 64, 128, 128, 4),
     *(Row("second_moment", *pair) for pair in _PAIRS),
-    *(Row("sample_grads", *pair) for pair in ((256, 1, 784, 512), (128, 1, 1024, 1024), (16, 128, 256, 1024))),
+    Row("second_moment", 16, 128, 256, 1024, dtype=_half),
+    *(Row("rotated_second_moment", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 768, 768))),
+    *(Row("sample_grads", *pair) for pair in ((256, 1, 784, 512), (512, 1, 1024, 1024), (16, 128, 256, 1024))),
+    *(Row("sample_gram", *pair) for pair in ((512, 1, 1024, 1024), (256, 1, 784, 512), (64, 16, 256, 256))),
+    *(Row(op, 1, 1, i, o, k) for op in ("kron_apply", "kron_solve") for i, o, k in ((1024, 1024, 1), (512, 512, 10))),
+    *(Row(op, 1, 1, 256, 256, layers=24) for op in ("kron_apply", "kron_solve")),
+    *(Row(op, 1, 1, 64, 64, layers=48) for op in ("kron_apply", "kron_solve")),
     *(Row("sample_dots", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (16, 128, 256, 1024, 10))),
     *(Row("weighted_grad", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (256, 1, 784, 512, 4))),
     *(Row("softmax_hvp", n, o=o, k=k) for n, o, k in ((1024, 10, 1), (4096, 1000, 1), (1024, 10, 16), (128, 50257, 1))),
@@ -103,7 +115,16 @@ def inputs(row: Row, device: str) -> tuple[tuple, dict]:
     """The op's arguments, `out` poisoned."""
     if row.op != "conv_gram":
         sizes = {key: getattr(row, key) for key in ("n", "t", "i", "o", "k")}
-        return make_inputs(row.op, **sizes, dtype=row.dtype, device=device, layout=row.layout)
+        made = [
+            make_inputs(row.op, **sizes, dtype=row.dtype, device=device, layout=row.layout, seed=seed)
+            for seed in range(row.layers or 1)
+        ]
+        if not row.layers:
+            return made[0]
+        args = zip(*(each for each, _ in made), strict=True)  # numbers (a damping) are shared
+        return tuple(
+            [x.reshape(x.shape[-2:]) for x in each] if isinstance(each[0], Tensor) else each[0] for each in args
+        ), {}
     x = torch.randn(row.n, row.i, row.side, row.side, generator=torch.Generator().manual_seed(0)).relu()
     stride, padding, dilation, groups = row.options
     width = row.i // groups * row.kernel**2
@@ -137,6 +158,17 @@ def work(row: Row) -> tuple[int, int]:
         return 2 * n * t * i * o * k + 2 * m * t * o * k, pair + wide * (k * i * o + m * k)
     if row.op == "weighted_grad":
         return 2 * n * t * i * o * 2, pair + wide * (2 * m + 2 * i * o)  # make_inputs gives two sums
+    if row.op == "rotated_second_moment":
+        rotated = 2 * n * t * i * i + 2 * m * t * o * o
+        return rotated + product + (0 if t == 1 else 2 * m * i * o), pair + size * (i * i + o * o) + wide * i * o
+    if row.op == "sample_gram":
+        return t * t * m * (m + 1) * (i + o), pair + wide * m * m
+    if row.op in ("kron_apply", "kron_solve"):
+        count, sides = max(row.layers, 1), 2 if row.op == "kron_solve" else 1
+        values = i * o if row.op == "kron_solve" else 0
+        return 2 * count * sides * k * i * o * (i + o), count * (
+            size * (o * o + i * i + values + k * i * o) + wide * k * i * o
+        )
     if row.op == "softmax_hvp":
         return 8 * m * t * o, size * (n * t * o + m * t * o) + wide * m * t * o
     raise ValueError(f"work: no row for {row.op}")
@@ -175,6 +207,45 @@ def _einsum_moment(a: Tensor, g: Tensor, *, out: Tensor) -> Tensor:
     return torch.einsum("mto,mti->moi", g, _pairs(a, g)).square().sum(0)
 
 
+def _vmapped(a: Tensor, g: Tensor) -> Tensor:
+    weight = a.new_zeros(g.shape[2], a.shape[2])
+    return vmap(grad(lambda w, x, slope: (F.linear(x, w) * slope).sum()), (None, 0, 0))(weight, _pairs(a, g), g)
+
+
+def _squared(rows: Tensor) -> Tensor:
+    return rows @ rows.T
+
+
+def _layerwise(product: Callable[..., Tensor]) -> Callable:
+    """A call for single tensors, or a loop over the entries of lists; a number is everyone's."""
+
+    def run(*args):
+        if isinstance(args[0], Tensor):
+            return product(*args)
+        layers = zip(*(x if isinstance(x, list) else [x] * len(args[0]) for x in args), strict=True)
+        return [product(*layer) for layer in layers]
+
+    return run
+
+
+def _stacked(product: Callable[..., Tensor]) -> Callable:
+    """The same for lists of one shape in batched products, the copies into the batch included."""
+
+    def run(*args):
+        if isinstance(args[0], Tensor):
+            return product(*args)
+        return list(product(*(torch.stack(x) if isinstance(x, list) else x for x in args)).unbind())
+
+    return run
+
+
+def _solve(v: Tensor, qg: Tensor, qa: Tensor, eigenvalues: Tensor, damping: float) -> Tensor:
+    inner = qg.mT @ v @ qa
+    if inner.dim() > eigenvalues.dim():
+        eigenvalues = eigenvalues.expand_as(inner)
+    return qg @ (inner / (eigenvalues + damping)) @ qa.mT
+
+
 def _unfold(product: Callable[[Tensor], Tensor]) -> Callable:
     def run(x, kernel, *, stride, padding, dilation, groups, out):
         rows = F.unfold(x, kernel, dilation, padding, stride)  # (N, I, T)
@@ -200,6 +271,27 @@ FORMULATIONS: dict[str, dict[str, Callable]] = {
     "sample_grads": {
         "torch bmm": lambda a, g, *, out: torch.bmm(g.mT, _pairs(a, g), out=out),
         "torch einsum": lambda a, g, *, out: torch.einsum("mto,mti->moi", g, _pairs(a, g)),
+        "torch.func vmap(grad)": lambda a, g, *, out: _vmapped(a, g),
+    },
+    "rotated_second_moment": {
+        "torch materialise, rotate": lambda a, g, qa, qg, *, out: torch.sum(
+            (qg.mT @ torch.bmm(g.mT, _pairs(a, g)) @ qa).square_(), 0, out=out
+        ),
+        "torch einsum": lambda a, g, qa, qg, *, out: torch.sum(
+            torch.einsum("mto,mti,op,iq->mpq", g, _pairs(a, g), qg, qa).square_(), 0, out=out
+        ),
+    },
+    "sample_gram": {
+        "torch einsum": lambda a, g: torch.einsum("mti,nsi,mto,nso->mn", _pairs(a, g), _pairs(a, g), g, g),
+        "torch materialised": lambda a, g: _squared(torch.bmm(g.mT, _pairs(a, g)).flatten(1)),
+    },
+    "kron_apply": {
+        "torch mm by mm": _layerwise(lambda left, v, right: left @ v @ right),
+        "torch bmm of equal shapes": _stacked(lambda left, v, right: left @ v @ right),
+    },
+    "kron_solve": {
+        "torch mm by mm": _layerwise(_solve),
+        "torch bmm of equal shapes": _stacked(_solve),
     },
     "sample_dots": {
         "torch einsum": lambda a, g, w: torch.einsum("mto,mti,koi->mk", g, _pairs(a, g), w),

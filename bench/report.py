@@ -15,6 +15,7 @@ from pathlib import Path
 COLUMNS = {
     "ops": ("op and shape", "backend", "time", "ratio", "against", "GFLOP/s", "GB/s", "% of roofline", "memory"),
     "operators": ("product", "by", "time", "ratio", "against", "gradients a column", "memory"),
+    "samples": ("quantity", "by", "time", "ratio", "against", "gradients", "memory"),
     "probes": ("probe", "by", "time", "ratio", "against", "memory"),
     "dispatch": ("op, backend", "overhead", "limit"),
 }
@@ -48,6 +49,8 @@ def cells(entry: dict) -> tuple[str, ...]:
         return (*shared, *rates, memory)
     if info["suite"] == "operators":
         return (*shared, f"{info['gradients_per_column']:.2f}", memory)
+    if info["suite"] == "samples":
+        return (*shared, f"{info['gradients']:.2f}", memory)
     return (*shared, memory)
 
 
@@ -71,13 +74,19 @@ def heading(data: dict) -> str:
     return text + ("\n\n**Sizes of a smoke run: these figures mean nothing.**" if own.get("quick") else "")
 
 
+def _is_ours(contestant: str, has_kernel: bool) -> bool:
+    """An op without a kernel is its reference."""
+    return contestant.startswith("hvpfast") if has_kernel else contestant == "reference"
+
+
 def report(data: dict, everyone: bool, suite: str | None) -> str:
-    """The markdown; only ours and the reference unless `everyone`."""
+    """The markdown; only ours, kernels before references, unless `everyone`."""
     lines = [heading(data)]
     for name, header in COLUMNS.items():
         entries = [e for e in data["benchmarks"] if e["extra_info"].get("suite") == name]
         if not everyone and name != "dispatch":
-            entries = [e for e in entries if e["extra_info"]["contestant"].startswith("hvpfast")]
+            own = {e["group"] for e in entries if e["extra_info"]["contestant"].startswith("hvpfast")}
+            entries = [e for e in entries if _is_ours(e["extra_info"]["contestant"], e["group"] in own)]
         if not entries or suite not in (None, name):
             continue
         for device in dict.fromkeys(e["extra_info"].get("device", "cpu") for e in entries):
