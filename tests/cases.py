@@ -17,6 +17,9 @@ from hvpfast import dispatch, ops
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+LEFT_OUT = {"triton": (torch.float64,), "cuda": (torch.float64,)}  # dtypes that no kernel of a backend takes
+
+
 class Size(NamedTuple):
     """N samples, T positions, I and O features, K columns."""
 

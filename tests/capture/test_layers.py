@@ -49,6 +49,25 @@ def test_linear(shape):
     check(nn.Linear(4, 3), torch.randn(*shape))
 
 
+class Conv1D(nn.Module):
+    """As in GPT-2: a linear map whose weight is stored (in, out). Known to hvpfast by the name it has in transformers."""
+
+    def __init__(self, outputs, inputs):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (3, 2, 2, 4)])
+def test_hugging_face_conv1d(shape, monkeypatch):
+    torch.manual_seed(0)
+    assert rule_of(Conv1D(3, 4)) is None
+    monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
+    check(Conv1D(3, 4), torch.randn(*shape))
+
+
 def norm(kind, x, *args, **options):
     module = kind(*args, **options).eval()
     for p in module.parameters():
