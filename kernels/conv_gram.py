@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import conv_plan, gram, tiles
+from . import conv_plan, gram, tables, tiles
 from .conv_plan import FIELDS, Axis
 from .native import _cpu_convolution as convolution
 from .tiles import Tile, dot
@@ -263,9 +263,9 @@ def worthwhile(
 ) -> str | None:  # fmt: skip
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
     _, _, positions, features, _ = convolution(x.shape, kernel_size, stride, padding, dilation, groups)
-    if kfac_approx == "expand" and x.shape[0] * positions * groups * features**2 < 1 << 26:
-        return "below 2^27 flops the launches cost more than the product (an expectation, not yet measured)"
-    return None
+    if kfac_approx == "reduce":
+        return None
+    return tables.below(x.device, "conv_gram", x.shape[0] * positions * groups * features**2)
 
 
 def conv_gram(
@@ -318,12 +318,13 @@ def choose_form(channels: int, groups: int) -> str:
     return "patches" if groups == 1 else "lanes"
 
 
-def choose_tile(form: str, product: str, channels: int, aligned: bool) -> Tile:
+def choose_tile(form: str, product: str, channels: int, aligned: bool, device: torch.device) -> Tile:
     """The tile for a form, from the tables above."""
     if form != "boxes":
-        return LANES if form == "lanes" else GATHERED[product]
-    table = TILES[product] if aligned else TILES.get(f"{product}-odd", TILES[product])
-    return next(tile for most, tile in table if channels <= most)
+        return LANES if form == "lanes" else tables.tile(device, f"conv_patches {product}", GATHERED[product])
+    key = product if aligned or f"{product}-odd" not in TILES else f"{product}-odd"
+    row = next(n for n, (most, _) in enumerate(TILES[key]) if channels <= most)
+    return tables.tile(device, f"conv_boxes {key} {row}", TILES[key][row][1])
 
 
 def launch(
@@ -353,7 +354,7 @@ def launch(
     steps = (image.stride(0), *(stride * axis[2] for stride, axis in zip(strides, axes, strict=True)))
     aligned = form == "boxes" and channels % 16 == 0 and image.data_ptr() % 16 == 0
     if tile is None:
-        tile = choose_tile(form, product, channels, aligned)
+        tile = choose_tile(form, product, channels, aligned, x.device)
     plan = conv_plan.plan(form, axes, n, groups, channels, tile.side, tile.depth, least, processors, x.device)
     size = tile.side if form == "lanes" else tile.side**2
     part = x.new_empty(len(plan.items) * size, dtype=torch.float32)

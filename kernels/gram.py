@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import tables, tiles
 from .tiles import Tile, choose_splits, cross, triangle
 
 # Tiles by product: the first row whose largest D and N hold the problem. "exact-odd" is for 16-bit rows that cannot be
@@ -130,8 +130,12 @@ def choose_tile(x: Tensor, product: str) -> Tile:
     by_rows = x.stride(1) == 1 and x.stride(0) % 16 == 0
     by_columns = x.stride(0) == 1 and x.stride(1) % 16 == 0 and rows % 16 == 0
     vectors = x.data_ptr() % 16 == 0 and width % 16 == 0 and (by_rows or by_columns)
-    table = TILES["exact-odd" if product == "exact" and not vectors else product]
-    return next(tile for most_width, most_rows, tile in table if width <= most_width and rows <= most_rows)
+    key = "exact-odd" if product == "exact" and not vectors else product
+    fitting = (
+        n for n, (most_width, most_rows, _) in enumerate(TILES[key]) if width <= most_width and rows <= most_rows
+    )
+    row = next(fitting)
+    return tables.tile(x.device, f"gram {key} {row}", TILES[key][row][-1])
 
 
 def supports(
@@ -160,9 +164,9 @@ def worthwhile(
 ) -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
     width = x.shape[-1]
-    flops = x.numel() * width  # of the triangle
-    if flops < 1 << 27:
-        return "below 2^27 flops the launches cost more than the product (an expectation, not yet measured)"
+    few = tables.below(x.device, "gram", x.numel() * width / 2)
+    if few is not None:
+        return few
     if tiles.product(x.dtype, precision) == "ieee":
         return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
     return None

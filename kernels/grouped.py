@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import tables, tiles
 from .tiles import Tile, cross
 
 # Tiles by product. Not yet measured on a GPU.
@@ -117,12 +117,12 @@ def _row(job: Job, x_by_k: bool, y_by_k: bool) -> list[int]:
 def run(stages: Sequence[tuple[Sequence[Job], bool, bool]], name: str, tile: Tile | None = None) -> None:
     """Stages one after another, each one launch: (jobs, x_by_k, y_by_k), no extent of any 0. `name`: how `tiles.dot`
     multiplies. Rows must be shorter than 2^31 / side."""
-    tile = TILES[name] if tile is None else tile
     device = stages[0][0][0].x.device
+    tile = tables.tile(device, f"grouped {name}", TILES[name]) if tile is None else tile
     rows = [[_row(job, x_by_k, y_by_k) for job in jobs] for jobs, x_by_k, y_by_k in stages]
-    tables = torch.tensor(rows, dtype=torch.int64).to(device)
+    places = torch.tensor(rows, dtype=torch.int64).to(device)
     dampings = torch.tensor([[job.damping for job in jobs] for jobs, _, _ in stages], dtype=torch.float32).to(device)
-    for (jobs, x_by_k, y_by_k), table, damping, row in zip(stages, tables, dampings, rows, strict=True):
+    for (jobs, x_by_k, y_by_k), table, damping, row in zip(stages, places, dampings, rows, strict=True):
         programs = _programs(tuple(tuple(job.out.shape) for job in jobs), tile.side, device)
         aligned = all(value % 16 == 0 for one in row for value in one)
         _grouped_kernel[(len(programs),)](

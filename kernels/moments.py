@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import tables, tiles
 from .tiles import Tile, choose_splits, cross, dot
 
 # Tiles by route and product. By rows all data pass through registers: 16-bit data in bf16x6, which multiplies what they
@@ -165,7 +165,8 @@ def by_samples(
             not norms
         ) == 2  # more sums would not fit beside the widest tile
         short = alone and t <= SHORT and t % 64 == o % 128 == i % 128 == 0 and tiles.vectors(a, g)
-        tile = TILES["samples", f"{product}-short"] if product == "exact" and short else TILES["samples", product]
+        key = f"{product}-short" if product == "exact" and short else product
+        tile = tables.tile(a.device, f"moments_samples {key}", TILES["samples", key])
     side_o, side_i = tiles.side(o, tile.side), tiles.side(i, tile.side)
     a = tiles.within_32_bits(a, (2, side_i), (1, tile.depth))
     g = tiles.within_32_bits(g, (2, side_o), (1, tile.depth))
@@ -208,7 +209,8 @@ def by_rows(
     (m, t, o), (n, _, i) = g.shape, a.shape
     if tile is None:
         wide = m == n and min(o, i) >= WIDE and tiles.vectors(a, g)
-        tile = TILES.get(("rows", f"{product}-one"), TILES["rows", product]) if wide else TILES["rows", product]
+        key = f"{product}-one" if wide and ("rows", f"{product}-one") in TILES else product
+        tile = tables.tile(a.device, f"moments_rows {key}", TILES["rows", key])
     side_o, side_i = tiles.side(o, tile.side), tiles.side(i, tile.side)
     programs, steps = triton.cdiv(o, side_o) * triton.cdiv(i, side_i), triton.cdiv(n * t, tile.depth)
     if splits is None:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import tables, tiles
 from .tiles import Tile, choose_splits, cross
 
 # Tiles by product: "-odd" is for matrices that
@@ -61,7 +61,7 @@ def choose_tile(x: Tensor, y: Tensor, product: str) -> Tile:
         and (z.shape[0] | z.shape[1]) % 16 == 0
         for z in (x, y)
     )
-    return TILES[product] if fits else TILES.get(f"{product}-odd", TILES[product])
+    return tables.of(x.device, "product", TILES, product, fits)
 
 
 def product(x: Tensor, y: Tensor, name: str, *, tile: Tile | None = None, splits: int | None = None) -> Tensor:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import tables, tiles
 from .tiles import Tile, cross
 
 # Tiles by product; "-odd" is for data that cannot be loaded 16 bytes at a time. Not yet measured on a GPU.
@@ -60,8 +60,9 @@ def supports(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> str
 
 def worthwhile(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    if a.shape[0] * a.shape[1] * w.numel() < 1 << 26:
-        return "below 2^27 flops the launches cost more than the product (an expectation, not yet measured)"
+    few = tables.below(a.device, "sample_dots", a.shape[0] * a.shape[1] * w.numel())
+    if few is not None:
+        return few
     if tiles.product(a.dtype, precision) == "ieee":
         return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
     return None
@@ -78,7 +79,7 @@ def sample_dots(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> 
         with tiles.on_device(a):
             flat_a, flat_g = a.reshape(n * t, i), g.reshape(m * t, o)  # views wherever the leading axes allow them
             fits = tiles.vectors(flat_a[None], flat_g[None], directions)
-            tile = TILES[product] if fits else TILES.get(f"{product}-odd", TILES[product])
+            tile = tables.of(a.device, "sample_dots", TILES, product, fits)
             result = launch(flat_a, flat_g, directions, product, tile).reshape(-1, m, t, len(directions)).sum((0, 2))
     return result if w.dim() == 3 else result[:, 0]
 

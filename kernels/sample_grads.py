@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import tables, tiles
 from .tiles import Tile, cross
 
 # Tiles by product; `side` is the most that a tile spans. "outer": (SIDE_O, SIDE_I) = (side, depth). "-odd" is for data that
@@ -81,8 +81,9 @@ def supports(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: str 
 
 def worthwhile(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    if g.shape[0] * g.shape[2] * a.shape[2] < 1 << 20:
-        return "below 2^20 elements the result is written before a launch is over (an expectation, not yet measured)"
+    few = tables.below(a.device, "sample_grads", g.shape[0] * g.shape[2] * a.shape[2])
+    if few is not None:
+        return few
     if a.shape[1] > FEW and tiles.product(a.dtype, precision) == "ieee":
         return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
     return None
@@ -98,10 +99,7 @@ def sample_grads(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: 
     if t == 0:
         return out.zero_()
     product = "outer" if t <= FEW else tiles.product_of_few(a.dtype, precision, t)
-    if f"{product}-odd" in TILES and not tiles.vectors(a, g):
-        tile = TILES[f"{product}-odd"]
-    else:
-        tile = TILES[product]
+    tile = tables.of(a.device, "sample_grads", TILES, product, tiles.vectors(a, g))
     with tiles.on_device(a):
         launch(a, g, out, product, tile)
     return out

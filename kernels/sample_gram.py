@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import gram, products, sample_grads, tiles
+from . import gram, products, sample_grads, tables, tiles
 from .tiles import Tile, cross, triangle
 
 # Tiles by pairs, by product; bf16x4 because each factor's error counts. "-odd" is for data that cannot be loaded 16 bytes at a
@@ -91,8 +91,9 @@ def worthwhile(
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
     (m, t, o), i = g.shape, a.shape[2]
     m2, t2 = (m, t) if g2 is None else g2.shape[:2]
-    if m * min(m2 * t * t2 * (i + o), (t + m2) * i * o) < 1 << 26:
-        return "below 2^27 flops the launches cost more than the products (an expectation, not yet measured)"
+    few = tables.below(a.device, "sample_gram", m * min(m2 * t * t2 * (i + o), (t + m2) * i * o))
+    if few is not None:
+        return few
     if tiles.product(a.dtype, precision) == "ieee":
         return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
     return None
@@ -115,7 +116,7 @@ def sample_gram(
             )
             product = "bf16x4" if product == "bf16x3" else product
             fits = tiles.vectors(a, g, a2, g2)
-            tile = TILES[product] if fits else TILES.get(f"{product}-odd", TILES[product])
+            tile = tables.of(a.device, "sample_gram", TILES, product, fits)
             launch_pairs(a, g, a2, g2, out, symmetric, product, tile)
         else:
             by_gradients(a, g, a2, g2, out, symmetric, precision)

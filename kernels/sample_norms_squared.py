@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiles
+from . import tables, tiles
 from .tiles import Tile, cross, triangle
 
 # Tiles by route and product; `side` is the most that a tile spans: smaller axes take the next power of two, at least 16.
@@ -117,9 +117,9 @@ def takes_gram(t: int, i: int, o: int) -> bool:
 
 def choose_tile(a: Tensor, g: Tensor, route: str, product: str) -> Tile:
     """The tile from `TILES` for this route and product, and for how a and g lie in memory."""
-    if tiles.vectors(a, g):
-        return TILES[route, product]
-    return TILES.get((route, f"{product}-odd"), TILES[route, product])
+    odd = not tiles.vectors(a, g) and (route, f"{product}-odd") in TILES
+    key = f"{product}-odd" if odd else product
+    return tables.tile(a.device, f"norms_{route} {key}", TILES[route, key])
 
 
 def supports(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
@@ -130,9 +130,9 @@ def supports(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
 def worthwhile(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
     t, i, o = a.shape[1], a.shape[2], g.shape[2]
-    flops = len(g) * t * min(t * (i + o), 2 * i * o)
-    if t > 1 and flops < 1 << 27:
-        return "below 2^27 flops the launches cost more than the products (an expectation, not yet measured)"
+    few = tables.below(a.device, "sample_norms_squared", len(g) * t * min(t * (i + o) / 2, i * o))
+    if t > 1 and few is not None:
+        return few
     if t > 1 and tiles.product(a.dtype, precision) == "ieee":
         return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
     return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import moments, tiles
+from . import moments, tables, tiles
 
 
 def supports(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: str = "ieee") -> str | None:
@@ -20,8 +20,9 @@ def supports(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: str 
 
 def worthwhile(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    if g.numel() * a.shape[2] < 1 << 26:
-        return "below 2^27 flops the launches cost more than the products (an expectation, not yet measured)"
+    few = tables.below(a.device, "second_moment", g.numel() * a.shape[2])
+    if few is not None:
+        return few
     if a.shape[1] == 1 and tiles.product(a.dtype, precision) == "ieee":
         return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
     return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import moments, tiles
+from . import moments, tables, tiles
 
 
 def supports(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> str | None:
@@ -19,8 +19,9 @@ def supports(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> str
 
 def worthwhile(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    if a.numel() * g.shape[2] < 1 << 26:
-        return "below 2^27 flops the launches cost more than the products (an expectation, not yet measured)"
+    few = tables.below(a.device, "weighted_grad", a.numel() * g.shape[2])
+    if few is not None:
+        return few
     if tiles.product(a.dtype, precision) == "ieee":
         return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
     return None

@@ -13,10 +13,16 @@ from hvpfast import ops, patches, testing
 # (N, C, *spatial), kernel and the rest: 1 to 3 axes, borders on one side only, strides that leave pixels out, offsets that
 # meet nothing, dilations beyond the image.
 CASES = (
-    ((2, 4, 9), (3, 1, 1, 1)), ((3, 2, 8), (4, 3, 2, 1)), ((2, 3, 6, 5), (3, 1, 1, 1)), ((2, 2, 7, 6), ((3, 2), (2, 1), (1, 0), (1, 2))),
-    ((1, 2, 7, 6), ((4, 2), 1, "same", 1)), ((2, 2, 4, 3), (3, 1, (3, 2), 2)), ((2, 2, 3, 4, 3), ((1, 2, 2), 1, (0, 1, 0), 1)), ((2, 2, 5, 5), (1, 2, 0, 1)),
+    ((2, 4, 9), (3, 1, 1, 1)),
+    ((3, 2, 8), (4, 3, 2, 1)),
+    ((2, 3, 6, 5), (3, 1, 1, 1)),
+    ((2, 2, 7, 6), ((3, 2), (2, 1), (1, 0), (1, 2))),
+    ((1, 2, 7, 6), ((4, 2), 1, "same", 1)),
+    ((2, 2, 4, 3), (3, 1, (3, 2), 2)),
+    ((2, 2, 3, 4, 3), ((1, 2, 2), 1, (0, 1, 0), 1)),
+    ((2, 2, 5, 5), (1, 2, 0, 1)),
     ((1, 2, 3, 3), (3, 1, 3, 1)),
-)  # fmt: skip
+)
 
 
 def named(kernel, stride, padding, dilation):
@@ -74,7 +80,8 @@ def test_pieces_of_boxes_are_added_and_blended(form):
 @pytest.mark.parametrize("dtype, precision", PRECISIONS)
 def test_the_op(dtype, precision):
     for shape, groups, kwargs in (
-        ((2, 20, 6, 4), 1, {"padding": (1, 0)}), ((2, 6, 8, 8), 3, {"padding": 1, "stride": 2}), ((3, 3, 9, 9), 1, {"stride": 2, "padding": 3}),
+        ((2, 20, 6, 4), 1, {"padding": (1, 0)}), ((2, 6, 8, 8), 3, {"padding": 1, "stride": 2}),
+        ((3, 3, 9, 9), 1, {"stride": 2, "padding": 3}),
     ):  # fmt: skip
         for approx in ("expand", "reduce"):
             x = tensor(*shape, dtype=dtype)

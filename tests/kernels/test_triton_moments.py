@@ -105,4 +105,6 @@ def test_second_moment_says_what_it_cannot_do():
     a, g = inputs(n=3, t=4, i=4, o=3)
     assert "float64" in second_moment.supports(a.double(), g.double())
     assert "shares memory" in second_moment.supports(a, g, out=a[0, :3])
-    assert "2^27" in second_moment.worthwhile(a, g) and "2^27" in weighted_grad.worthwhile(a, g, g[:, 0, 0])
+    assert "not yet measured" in second_moment.worthwhile(a, g) and "not yet measured" in weighted_grad.worthwhile(
+        a, g, g[:, 0, 0]
+    )

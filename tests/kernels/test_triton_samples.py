@@ -87,7 +87,7 @@ def test_they_say_what_they_cannot_do():
     w = g.new_zeros(3, 4)
     assert "shares memory" in sample_grads.supports(a, g, out=a[:, :3])
     assert "float64" in sample_dots.supports(a.double(), g.double(), w.double())
-    assert "2^27" in sample_dots.worthwhile(a, g, w) and "2^27" in sample_gram.worthwhile(a, g)
+    assert "not yet measured" in sample_dots.worthwhile(a, g, w) and "not yet measured" in sample_gram.worthwhile(a, g)
     large = torch.empty(2048, 1, 4096, device="meta")
     assert "cuBLAS" in sample_gram.worthwhile(large, large, precision="ieee")
     assert sample_gram.worthwhile(large, large, precision="auto") is None

@@ -1,0 +1,98 @@
+"""Tiles and crossovers of a GPU as data: tables/sm_<capability>.json, or what HVPFAST_TABLES names (a file, or a folder of them).
+
+A table says which device it was measured on, or that it holds expectations. Its `tiles` replace those written in the kernels'
+files; its `crossovers` are the least work for which an op's kernel runs. It is read once: no call ever times anything.
+`hvpfast tune` makes one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .tiles import Tile, facts
+
+FOLDER = Path(__file__).with_name("tables")
+
+
+class Table(NamedTuple):
+    """What one file says."""
+
+    path: str
+    measured: dict[str, str | None]  # "tiles", "crossovers" -> device and date; None: expectations
+    tiles: dict[str, Tile]  # "<kernel> <row>" -> tile
+    crossovers: dict[str, float]  # op -> least work
+
+
+def path_for(capability: int) -> Path:
+    """The file for a compute capability (80, 90, ...): HVPFAST_TABLES, else the package's of the nearest GPU not above it."""
+    asked = os.environ.get("HVPFAST_TABLES")
+    if asked and not Path(asked).is_dir():
+        return Path(asked)
+    for folder in (Path(asked), FOLDER) if asked else (FOLDER,):
+        found = {int(path.stem[3:]): path for path in folder.glob("sm_*.json") if path.stem[3:].isdigit()}
+        fitting = [number for number in found if number <= capability]
+        if fitting:
+            return found[max(fitting)]
+    return FOLDER / "sm_80.json"
+
+
+def read(path: Path) -> Table:
+    """The table in a file; ValueError says what in it is wrong."""
+    try:
+        content = json.loads(path.read_text())
+        tiles = {name: Tile(*numbers) for name, numbers in content["tiles"].items()}
+        crossovers = {name: float(least) for name, least in content["crossovers"].items()}
+        measured = {name: content["measured"][name] for name in ("tiles", "crossovers")}
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"hvpfast: the table {path} cannot be read ({type(error).__name__}: {error}); make it with `hvpfast tune`, or unset "
+            f"HVPFAST_TABLES"
+        ) from error
+    for name, tile in tiles.items():
+        powers = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in (tile.side, tile.depth, tile.warps))
+        if not (
+            powers
+            and min(tile.side, tile.depth) >= 16
+            and tile.warps <= 16
+            and 1 <= tile.stages <= 8
+            and tile.chunk >= 0
+        ):
+            raise ValueError(
+                f"hvpfast: the table {path} has {list(tile)} for {name!r}; it must be side and depth (powers of two from 16 on), "
+                f"warps (1 to 16), stages (1 to 8), chunk (0 or more)"
+            )
+    return Table(str(path), measured, tiles, crossovers)
+
+
+@functools.cache
+def table(device: torch.device) -> Table:
+    """The table for a device, read once."""
+    return read(path_for(facts(device).capability))
+
+
+def tile(device: torch.device, name: str, otherwise: Tile) -> Tile:
+    """The tile that the device's table has under this name, or the one given."""
+    return table(device).tiles.get(name, otherwise)
+
+
+def of(device: torch.device, kernel: str, rows: dict[str, Tile], product: str, fits: bool) -> Tile:
+    """A kernel's tile for a product; where the data do not `fit` (16 bytes at a time), its "-odd" one if there is one."""
+    key = product if fits or f"{product}-odd" not in rows else f"{product}-odd"
+    return tile(device, f"{kernel} {key}", rows[key])
+
+
+def below(device: torch.device, op: str, work: float) -> str | None:
+    """Why so little work (products, or elements written) is not worth an op's launches, or None."""
+    found = table(device)
+    least = found.crossovers.get(op, 0.0)
+    if work >= least:
+        return None
+    where = found.measured["crossovers"]
+    said = f"measured on {where}" if where else "an expectation, not yet measured"
+    return f"{work:.2g} products are below {least:.2g}, from which on its kernel pays ({said})"
