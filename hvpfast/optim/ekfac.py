@@ -18,8 +18,8 @@ from hvpfast.optim.passes import Pass
 class EKFACLayer(KroneckerLayer):
     """A block in the eigenbases of G (x) A, with running second moments (B, O, I) of the rotated gradients."""
 
-    def __init__(self, unit, params, factor_dtype, inv_dtype: torch.dtype | None, approx: str):
-        super().__init__(unit, params, factor_dtype, inv_dtype, "eigen", approx)
+    def __init__(self, unit, params, factor_dtype, inv_dtype: torch.dtype | None, approx: str, drowned: float):
+        super().__init__(unit, params, factor_dtype, inv_dtype, "eigen", approx, drowned)
         self.moments: Running | None = None
         self._total: Tensor | None = None
 
@@ -68,9 +68,8 @@ class EKFACLayer(KroneckerLayer):
         new, self._total = self._total.div_(weight), None
         if self.moments is None:
             self.moments = Running.empty([new])
-        fine = self.moments.add([new], decay)
-        self._refresh()
-        return fine
+        self._spectrum = None
+        return self.moments.add([new], decay)
 
     def set_eigen(self, a: Eigen, g: Eigen) -> None:
         """New bases: the moments go over by (R_g o R_g) S (R_a o R_a)', R the turn from the old basis to the new."""
@@ -81,8 +80,8 @@ class EKFACLayer(KroneckerLayer):
             self.moments.values = [s if right is None else s @ right.mT]
         super().set_eigen(a, g)
 
-    def _eigenvalues(self) -> Tensor | None:
-        return None if self.moments is None else self.moments.values[0].to(self.inv_dtype)
+    def _eigenvalues(self) -> Tensor:
+        return super()._eigenvalues() if self.moments is None else self.moments.values[0]
 
     def state(self) -> dict[str, object]:
         kept = super().state()
@@ -136,7 +135,7 @@ class EKFACPreconditioner(KFACPreconditioner):
     def _make(self, unit: Unit) -> Layer:
         if unit.layout is None:
             return RowLayer(unit, self._params, self.factor_dtype, self.inv_dtype)
-        return EKFACLayer(unit, self._params, self.factor_dtype, self.inv_dtype, self.kfac_approx)
+        return EKFACLayer(unit, self._params, self.factor_dtype, self.inv_dtype, self.kfac_approx, self._drowned)
 
     def _arrived(self, run: Pass, number: int, grad: Tensor) -> None:
         run.late = self._inverses_due()

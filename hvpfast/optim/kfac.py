@@ -16,7 +16,8 @@ from hvpfast.optim.options import Schedule, check_model, choice, float_dtype, re
 from hvpfast.optim.passes import Pass, Recorder
 from hvpfast.optim.structure import check_state, check_structure, tracked_parameters, unit_of
 
-WARM = 0.05  # off-diagonal mass, relative, up to which an earlier eigenbasis serves: see `eigen.eigendecompose`
+TOLERANCE = 0.05  # off-diagonal mass, relative, up to which an earlier eigenbasis serves: see `eigen.eigendecompose`
+DROWNED = 0.1  # times the tolerance and the damping: eigenvalues below that count as zero
 SCHEDULES = ("factor_update_steps", "inv_update_steps", "damping", "factor_decay", "kl_clip", "lr")
 
 
@@ -61,8 +62,9 @@ class KFACPreconditioner:
         kfac_approx: "expand" or "reduce", as for `hf.KFAC`.
         reduction: of the loss, "mean" or "sum": whether g is divided by the number of the loss's terms. These are the
             output's rows, and positions where it has more than two axes.
-        warm_tolerance: an earlier eigenbasis is kept, or turned, while what it leaves off the diagonal is below this,
-            relative to the factor; else decomposed anew. 0: always anew.
+        tolerance: of "eigen". An earlier eigenbasis is kept, or turned, while what it leaves off the diagonal is below
+            this, relative to the factor; else it is found anew. Directions in which no eigenvalue reaches a tenth of this
+            times the damping count as zero: they are then no part of the products. 0: always anew, and every direction.
 
     Safe paths. A NaN or inf in a layer's gradient, or in its preconditioned one: the plain gradient stays. In a step's
     factors: the last good ones stay. A decomposition that fails in float64 too: the last good one stays. Each is warned of
@@ -100,7 +102,7 @@ class KFACPreconditioner:
         seed: int = 0,
         kfac_approx: str = "expand",
         reduction: str = "mean",
-        warm_tolerance: float = WARM,
+        tolerance: float = TOLERANCE,
         **other: object,
     ):
         self._who = who = type(self).__name__
@@ -114,15 +116,16 @@ class KFACPreconditioner:
                 value_of(who, name, given, 0)
         if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
             raise ValueError(f"{who}: accumulation_steps is {accumulation_steps!r}; it must be a whole number >= 1")
-        if not 0 <= warm_tolerance < 1:
-            raise ValueError(f"{who}: warm_tolerance is {warm_tolerance!r}; it must be in [0, 1)")
+        if not 0 <= tolerance < 1:
+            raise ValueError(f"{who}: tolerance is {tolerance!r}; it must be in [0, 1)")
         self.compute_method = choice(compute_method, who, "compute_method", ("eigen", "inverse"))
         self.fisher_type = choice(fisher_type, who, "fisher_type", ("empirical", "mc"))
         self.kfac_approx = choice(kfac_approx, who, "kfac_approx", ("expand", "reduce"))
         self.reduction = choice(reduction, who, "reduction", ("mean", "sum"))
         self.factor_dtype = float_dtype(factor_dtype, who, "factor_dtype", narrow=False)
         self.inv_dtype = float_dtype(inv_dtype, who, "inv_dtype", narrow=True)
-        self.accumulation_steps, self.warm_tolerance = accumulation_steps, warm_tolerance
+        self.accumulation_steps, self.tolerance = accumulation_steps, tolerance
+        self._drowned = DROWNED * tolerance
         if (self.fisher_type == "mc") != (loss_fn is not None):
             raise ValueError(
                 f"{who}: fisher_type is {fisher_type!r} and loss_fn is {loss_fn!r}; 'mc' draws targets for a loss, so it "
@@ -213,9 +216,8 @@ class KFACPreconditioner:
     def _make(self, unit: Unit) -> Layer:
         if unit.layout is None:
             return RowLayer(unit, self._params, self.factor_dtype, self.inv_dtype)
-        return KroneckerLayer(
-            unit, self._params, self.factor_dtype, self.inv_dtype, self.compute_method, self.kfac_approx
-        )
+        options = self.factor_dtype, self.inv_dtype, self.compute_method, self.kfac_approx, self._drowned
+        return KroneckerLayer(unit, self._params, *options)
 
     def sample(self, output: Tensor, target: object) -> None:
         """For fisher_type="mc", between forward and backward: draw targets and run their gradients back to the layers'
@@ -278,7 +280,7 @@ class KFACPreconditioner:
         layers = list(self._layers.values()) if self._inverses_due() else missing
         if not layers:
             return
-        for label, reason in invert(layers, self.damping, self.warm_tolerance).items():
+        for label, reason in invert(layers, self.damping, self.tolerance).items():
             warnings.warn(f"{self._who}: {label!r} keeps its last inverse: {reason}", RuntimeWarning, stacklevel=4)
         factors, gradients = self._skipped.tolist()
         if factors or gradients:

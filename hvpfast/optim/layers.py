@@ -18,6 +18,8 @@ from hvpfast.operators.factor import Dense, Diagonal, Factor
 from hvpfast.operators.spectral import Eigen, Spectrum, cholesky_inverses, eigendecompose, pi
 from hvpfast.optim.passes import Pass
 
+MOST_KEPT = 0.9  # of a basis's directions: with more than these, leaving out the rest saves nothing
+
 
 class Running:
     """A running average of tensors that starts with the first value, and takes none that is not finite: no host waits.
@@ -35,10 +37,12 @@ class Running:
 
     def add(self, new: Sequence[Tensor], decay: float) -> Tensor:
         """values = decay values + (1 - decay) new; overwrites `new`. Returns whether it was taken, a bool tensor ()."""
-        fine = torch.stack([x.sum(dtype=torch.float64) for x in new]).isfinite().all()
+        fine = torch.stack([x.sum() for x in new]).isfinite().all()
+        if fine.is_cpu and not bool(fine):
+            return fine
         weight = torch.where(self.started, 1 - decay, 1.0)
         for old, x in zip(self.values, new, strict=True):
-            old.lerp_(torch.where(fine, x, old, out=x), weight.to(old.dtype))
+            old.lerp_(x if fine.is_cpu else torch.where(fine, x, old, out=x), weight.to(old.dtype))
         self.started = self.started | fine
         return fine
 
@@ -125,18 +129,21 @@ class Layer:
 class KroneckerLayer(Layer):
     """A block G (x) A: eigenbases with exact damping ("eigen"), or damped inverses of both factors ("inverse")."""
 
-    def __init__(self, unit, params, factor_dtype, inv_dtype: torch.dtype | None, method: str, approx: str):
+    def __init__(
+        self, unit, params, factor_dtype, inv_dtype: torch.dtype | None, method: str, approx: str, drowned: float
+    ):
         super().__init__(unit, params, factor_dtype)
         self.layout: Layout = unit.layout
-        self.inv_dtype, self.method, self.approx = inv_dtype or self.dtype, method, approx
+        self.inv_dtype, self.method, self.approx, self.drowned = inv_dtype or self.dtype, method, approx, drowned
         self.eigen: tuple[Eigen, Eigen] | None = None  # of A and G
         self.inverses: tuple[Tensor, Tensor] | None = None  # of A and G: (B, I, I), or (B, I) for a diagonal
-        self._spectrum: Spectrum | None = None  # in inv_dtype
-        self._scale: tuple[float, Tensor] | None = None  # the damping, and 1 / (eigenvalues + damping)
+        self._spectrum: Spectrum | None = None  # in inv_dtype, without the directions that the damping drowns
+        self._scale: Tensor | None = None  # 1 / (eigenvalues + damping); minus 1 / damping if directions were left out
+        self._damping = math.inf  # of `_scale`
 
     @property
     def ready(self) -> bool:
-        return self.inverses is not None or self._spectrum is not None
+        return self.inverses is not None or self.eigen is not None
 
     @property
     def factors(self) -> tuple[Factor, Factor]:
@@ -174,16 +181,36 @@ class KroneckerLayer(Layer):
     # Inverses -----------------------------------------------------------------------------------------------------------
 
     def set_eigen(self, a: Eigen, g: Eigen) -> None:
-        self.eigen = a, g
-        self._refresh()
+        self.eigen, self._spectrum = (a, g), None
 
-    def _refresh(self) -> None:
-        a, g = (x if self.inv_dtype is self.dtype else x.to(self.inv_dtype) for x in self.eigen)
-        self._spectrum, self._scale = Spectrum(g, a, self._eigenvalues()), None
+    def _eigenvalues(self) -> Tensor:
+        """(B, O, I)"""
+        a, g = self.eigen
+        return g.values[:, :, None] * a.values[:, None, :]
 
-    def _eigenvalues(self) -> Tensor | None:
-        """(B, O, I), or None for the products of the factors' own."""
-        return None
+    def _prepare(self, damping: float) -> None:
+        """The spectrum without directions whose eigenvalues are all below `drowned` times the damping: they count as zero,
+        which changes what the inverse does along them by that share at most, and spares their part of the products."""
+        values, (a, g) = self._eigenvalues(), self.eigen
+        if self.drowned and values.shape[0] == 1:
+            g, rows = _without(g, values[0].amax(1) > self.drowned * damping)
+            a, columns = _without(a, values[0].amax(0) > self.drowned * damping)
+            values = values[:, rows][:, :, columns]
+        self._spectrum = Spectrum(
+            *(x if self.inv_dtype is self.dtype else x.to(self.inv_dtype) for x in (g, a)), values
+        )
+        self._damping = damping
+
+    def _scaled(self, damping: float) -> Tensor:
+        if self._spectrum is None or (self.drowned and damping < 0.5 * self._damping):
+            self._prepare(damping)
+            self._scale = None
+        if self._scale is None or self._damping != damping:
+            values = self._spectrum.values
+            scale = (values + damping).reciprocal_()
+            self._scale = scale if self._spectrum.complete else scale.mul_(values).div_(-damping)
+            self._damping = damping
+        return self._scale
 
     def set_inverses(self, a: Tensor, g: Tensor) -> None:
         self.inverses = a.to(self.inv_dtype), g.to(self.inv_dtype)
@@ -194,12 +221,10 @@ class KroneckerLayer(Layer):
         if self.inverses is not None:
             v = _both_sides(*self.inverses, given)
         else:
-            if self._scale is None or self._scale[0] != damping:
-                self._scale = damping, (self._spectrum.values + damping).reciprocal_()
-            rotated = self._spectrum.rotate(given)
-            v = self._spectrum.rotate_back(
-                rotated.mul_(self._scale[1]) if rotated is not given else rotated * self._scale[1]
-            )
+            scale = self._scaled(damping)
+            v = self._spectrum.rotate_back(self._spectrum.rotate(given) * scale.to(self.inv_dtype))
+            if not self._spectrum.complete:
+                v.add_(given, alpha=1 / damping)
         return [part[0] for part in self.layout.split(v)], _dot(given, v)
 
     def state(self) -> dict[str, object]:
@@ -227,9 +252,11 @@ class KroneckerLayer(Layer):
         inverses = [0, 0] if self.inverses is None else [nbytes(x) for x in self.inverses]
         if self.eigen is not None:
             inverses = [e.nbytes for e in self.eigen]
-            if self.inv_dtype is not self.dtype:
-                inverses = [x + e.nbytes for x, e in zip(inverses, (self._spectrum.a, self._spectrum.g), strict=True)]
-            inverses[1] += nbytes(self._spectrum.values, self._scale and self._scale[1])
+            if self._spectrum is not None:
+                used = self._spectrum.a, self._spectrum.g
+                own = [0 if x is e else x.nbytes for x, e in zip(used, self.eigen, strict=True)]
+                inverses = [x + y for x, y in zip(inverses, own, strict=True)]
+                inverses[1] += nbytes(self._spectrum.values, self._scale)
         kinds = zip(("factors", "batch", "inverses"), (factors, batch, inverses), strict=True)
         return {f"{side}_{kind}": sizes[i] for kind, sizes in kinds for i, side in enumerate("ag")}
 
@@ -296,6 +323,15 @@ class RowLayer(Layer):
             "g_batch": 0 if self.sums is None else nbytes(self.sums.total),
             "g_inverses": nbytes(self.inverse),
         }
+
+
+def _without(eigen: Eigen, keep: Tensor) -> tuple[Eigen, Tensor | slice]:
+    """The basis of one group, less the directions that are not kept (n,), and which they are; all of it if few are."""
+    count = int(keep.sum())
+    if eigen.vectors is None or count > MOST_KEPT * eigen.rank:
+        return eigen, slice(None)
+    index = keep.nonzero().flatten() if count else keep.new_zeros(1, dtype=torch.int64)
+    return Eigen(eigen.values[:, index], eigen.vectors[:, :, index], eigen.size), index
 
 
 def run_unit(run: Pass, layer: Layer) -> Unit:

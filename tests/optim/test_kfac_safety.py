@@ -206,7 +206,7 @@ def test_a_first_batch_with_nan_is_no_factor():
 
 def test_a_decomposition_that_fails_keeps_the_last(monkeypatch):
     model = net()
-    preconditioner = KFACPreconditioner(model, warm_tolerance=0.0, kl_clip=None)
+    preconditioner = KFACPreconditioner(model, tolerance=0.0, kl_clip=None)
     train(model, preconditioner, sgd(model), [0])
     real = layers.eigendecompose
 
@@ -246,7 +246,7 @@ def test_earlier_bases_serve_while_they_fit(monkeypatch):
         model[0].weight.copy_(torch.randn(4, 1, 3, 3))
     train(model, preconditioner, optimizer, [99])
     assert seen[0] == {"eigh"} and seen[1] == {"kept"} and "eigh" in seen[2]
-    assert eigen.TOLERANCE <= hf.optim.kfac.WARM <= 0.1
+    assert eigen.TOLERANCE <= hf.optim.kfac.TOLERANCE <= 0.1
 
 
 ARGUMENTS = [
@@ -268,7 +268,7 @@ ARGUMENTS = [
     ({"update_factors_in_hook": True}, TypeError, "'update_factors_in_hook': factors are always"),
     ({"colour": 1}, TypeError, "there is no argument 'colour'; see"),
     ({"grad_scaler": 3}, TypeError, "grad_scaler is a int"),
-    ({"warm_tolerance": 1}, ValueError, "warm_tolerance is 1"),
+    ({"tolerance": 1}, ValueError, "tolerance is 1"),
 ]
 
 

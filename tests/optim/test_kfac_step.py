@@ -1,6 +1,7 @@
 """The preconditioned gradient: against hf.KFAC, against dense solves, and in every way that a batch can come in."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -11,10 +12,10 @@ from truths import call, flat_grad, parameters, relative, take
 from zoo import MODELS, make
 
 import hvpfast as hf
-from hvpfast.optim import KFACPreconditioner
 
 TOLERANCE = 1e-10
 DAMPING = 0.03
+KFACPreconditioner = functools.partial(hf.optim.KFACPreconditioner, tolerance=0.0)  # exact: every direction
 # What no rule covers, or a rule leaves out in training: plain gradients.
 PLAIN = {
     "tied": {"first.weight"},
@@ -240,7 +241,7 @@ def test_positions_of_the_output_are_terms():
 def test_the_running_average_in_closed_form():
     """First factor as it is, then d F + (1 - d) new; what the step uses are these."""
     model, decay = nn.Linear(4, 3), 0.7
-    preconditioner = KFACPreconditioner(model, kl_clip=None, damping=DAMPING, factor_decay=decay, warm_tolerance=0.0)
+    preconditioner = KFACPreconditioner(model, kl_clip=None, damping=DAMPING, factor_decay=decay)
     batches = [(torch.randn(5, 4), torch.randint(0, 3, (5,))) for _ in range(4)]
     factors = [
         hf.KFAC(model, F.cross_entropy, batch, fisher_type="empirical").factors["weight, bias"] for batch in batches
@@ -311,3 +312,36 @@ def test_bfloat16_inverses_are_near():
         preconditioner.close()
     for name, grad in results[0].items():
         assert 0 < relative(results[1][name], grad) < 0.02
+
+
+def test_directions_that_the_damping_drowns_change_little():
+    """Left out of the products: the step changes by less than a tenth of the tolerance, relative to itself."""
+    model = nn.Sequential(nn.Linear(30, 20), nn.Tanh(), nn.Linear(20, 5))
+    x, y = torch.randn(64, 30) * torch.logspace(0, -3, 30), torch.arange(64) % 5
+    steps, sizes = {}, {}
+    for tolerance in (0.0, 0.02, 0.2):
+        preconditioner = hf.optim.KFACPreconditioner(model, kl_clip=None, damping=DAMPING, tolerance=tolerance)
+        backward(model, x, y)
+        preconditioner.step()
+        steps[tolerance] = torch.cat([grad.reshape(-1) for grad in grads(model).values()])
+        sizes[tolerance] = preconditioner.memory_usage()["g_inverses"]
+        preconditioner.close()
+    for tolerance in (0.02, 0.2):
+        assert 0 < relative(steps[tolerance], steps[0.0]) < 0.1 * tolerance
+    assert sizes[0.2] < sizes[0.02] < sizes[0.0]
+
+
+def test_a_falling_damping_brings_directions_back():
+    model, x, y = nn.Linear(30, 5), torch.randn(64, 30) * torch.logspace(0, -3, 30), torch.arange(64) % 5
+    falling = hf.optim.KFACPreconditioner(
+        model, kl_clip=None, damping=lambda step: 10.0 ** (-step), inv_update_steps=100, factor_update_steps=100
+    )
+    for _ in range(5):
+        backward(model, x, y)
+        falling.step()
+    last = grads(model)
+    falling.close()
+    exact = KFACPreconditioner(model, kl_clip=None, damping=1e-4)
+    backward(model, x, y)
+    exact.step()
+    assert all(relative(last[name], grad) < 0.005 for name, grad in grads(model).items())
