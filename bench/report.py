@@ -16,6 +16,7 @@ COLUMNS = {
     "ops": ("op and shape", "backend", "time", "ratio", "against", "GFLOP/s", "GB/s", "% of roofline", "memory"),
     "operators": ("product", "by", "time", "ratio", "against", "gradients a column", "memory"),
     "samples": ("quantity", "by", "time", "ratio", "against", "gradients", "memory"),
+    "optim": ("training step", "by", "time", "ratio", "against", "SGD steps", "memory"),
     "probes": ("probe", "by", "time", "ratio", "against", "memory"),
     "dispatch": ("op, backend", "overhead", "limit"),
 }
@@ -51,6 +52,8 @@ def cells(entry: dict) -> tuple[str, ...]:
         return (*shared, f"{info['gradients_per_column']:.2f}", memory)
     if info["suite"] == "samples":
         return (*shared, f"{info['gradients']:.2f}", memory)
+    if info["suite"] == "optim":
+        return (*shared, f"{info['sgd_steps']:.2f}", memory)
     return (*shared, memory)
 
 

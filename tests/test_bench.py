@@ -34,7 +34,7 @@ def test_plain_pytest_leaves_the_benches_out():
 def test_every_entry_says_what_it_is(results):
     entries = json.loads(results.read_text())["benchmarks"]
     suites = {entry["extra_info"]["suite"] for entry in entries}
-    assert suites == {"ops", "operators", "samples", "probes", "dispatch"}
+    assert suites == {"ops", "operators", "optim", "samples", "probes", "dispatch"}
     for entry in entries:
         info = entry["extra_info"]
         assert entry["group"] and entry["stats"]["rounds"] >= 2
