@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from hvpfast.autocast import full_precision
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PRECISIONS = ("auto", "ieee", "bf16x3", "bf16")
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # order of preference by device; the reference comes last
@@ -123,10 +125,10 @@ class Op:
     """
 
     def __init__(self, reference: Callable, check: Callable | None, backends: tuple[str, ...]):
-        self.reference = reference
+        self.reference = full_precision(reference)
         self.name = self.__name__ = reference.__name__
         self.__doc__ = reference.__doc__
-        self.__wrapped__ = reference
+        self.__wrapped__ = self.reference
         self.__module__ = reference.__module__
         self.__signature__ = inspect.signature(reference)
         self.backends = backends

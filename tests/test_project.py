@@ -17,6 +17,7 @@ PACKAGE = ROOT / "hvpfast"
 # Each level may import those before it, and itself only within one part; see the layout in the README.
 LEVELS = (
     ("kernels",),
+    ("autocast",),
     ("arguments", "dispatch", "patches"),
     ("ops",),
     ("testing",),

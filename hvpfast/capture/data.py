@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hvpfast.autocast import as_the_user_has_it
 from hvpfast.capture.errors import StateError
 
 
@@ -166,12 +167,13 @@ def _fingerprint(item: object) -> tuple:
 
 def call(model: nn.Module, inputs: object) -> object:
     """Run the model on a batch's input: a tensor as it is, a dict as keywords, a tuple or list as arguments; the
-    container itself where the model's forward takes just that one argument."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs) if _binds(model, (), dict(inputs)) else model(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs) if _binds(model, tuple(inputs), {}) else model(inputs)
-    return model(inputs)
+    container itself where the model's forward takes just that one argument. Autocast is the user's."""
+    with as_the_user_has_it():
+        if isinstance(inputs, Mapping):
+            return model(**inputs) if _binds(model, (), dict(inputs)) else model(inputs)
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs) if _binds(model, tuple(inputs), {}) else model(inputs)
+        return model(inputs)
 
 
 def _binds(model: nn.Module, args: tuple, kwargs: dict) -> bool:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hvpfast.autocast import as_the_user_has_it
 from hvpfast.capture.data import Batch, Data, batch_size, call, tensors_in
 from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.losses import Loss
@@ -65,7 +66,8 @@ class Problem:
         if batch_size(batch.inputs) == 0:
             raise ValueError(f"{self.who}: batch {batch.index} holds no samples")
         output = self._run(batch)
-        value = self.loss(output, batch.target)
+        with as_the_user_has_it():
+            value = self.loss(output, batch.target)
         weight = self._weight(batch, output)
         if weight == 0:  # every target ignored: 0 / 0 on its own, and no part of the mean over all batches
             return Evaluated(batch, output, value, weight)

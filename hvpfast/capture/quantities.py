@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
+from hvpfast.autocast import full_precision
 from hvpfast.capture.data import Data, batch_size, tensors_in
 from hvpfast.capture.errors import NonFiniteError
 from hvpfast.capture.problem import finite
@@ -74,7 +75,7 @@ def _taken(item: object, rows: slice) -> object:
 
 def _documented(function: Callable) -> Callable:
     function.__doc__ = function.__doc__.replace("\n    @ARGUMENTS\n", _ARGUMENTS)
-    return function
+    return full_precision(function)
 
 
 @_documented

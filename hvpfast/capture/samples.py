@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from hvpfast.autocast import as_the_user_has_it
 from hvpfast.capture.data import Batch, call, tensors_in
 from hvpfast.capture.problem import Problem
 from hvpfast.capture.sites import DenseSite, Site
@@ -36,7 +37,8 @@ class Samples:
             with recording(model, tensors) as tape:
                 evaluated = problem.evaluate(one)
             output = problem.output_tensor(evaluated.output)
-            losses = problem.loss.sample_losses(output, one.target)
+            with as_the_user_has_it():
+                losses = problem.loss.sample_losses(output, one.target)
             covered = tape.covered(losses, tensors)
             rest = {n: p for (n, p), own in zip(problem.params.items(), covered, strict=True) if not own}
             edges = [call.edge for call in tape.calls]
@@ -50,7 +52,8 @@ class Samples:
 
     def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:
         def own(output: object, target: Tensor) -> Tensor:
-            return self.problem.loss.sample_losses(output, target.unsqueeze(0))[0]
+            with as_the_user_has_it():
+                return self.problem.loss.sample_losses(output, target.unsqueeze(0))[0]
 
         what = "their per-sample gradients come from autograd, which is exact and slower"
         rows = autograd_rows(self.problem, batch, losses, rest, own, batch.target, what)
@@ -83,7 +86,7 @@ def autograd_rows(
         _warned.add((what, *names))
         warnings.warn(
             f"{problem.who}: no layer rule covers {', '.join(names[:6])}{' and more' if len(names) > 6 else ''}: {what}",
-            stacklevel=7,
+            stacklevel=8,
         )
     reached = torch.autograd.grad(each.sum(), list(rest.values()), retain_graph=True, allow_unused=True)
     for name, slope in zip(names, reached, strict=True):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvpfast.arguments import accumulate_dtype
+from hvpfast.autocast import full_precision
 from hvpfast.capture.units import Layout
 from hvpfast.operators.factor import Dense, Diagonal, Factor
 from hvpfast.operators.linear import LinearOperator
@@ -274,14 +275,17 @@ class BlockDiagonal(LinearOperator):
             results.update(zip(block.names, block.product([parts[name] for name in block.names]), strict=True))
         return self.space.join([results[name] for name in self.space.names], k, rows.dtype)
 
+    @full_precision
     def trace(self) -> Tensor:
         """The exact trace, a float64 scalar."""
         return sum(block.trace() for block in self._blocks())
 
+    @full_precision
     def frobenius_norm(self) -> Tensor:
         """The exact Frobenius norm, a float64 scalar."""
         return sum(block.squared_norm() for block in self._blocks()).sqrt()
 
+    @full_precision
     def diagonal(self) -> Tensor:
         """The exact diagonal, (P,)."""
         results: dict[str, Tensor] = {}
@@ -294,10 +298,12 @@ class BlockDiagonal(LinearOperator):
 class Inverse(BlockDiagonal):
     """The inverse of a damped block-diagonal operator: `K.inverse(damping) @ gradient` is a natural-gradient step."""
 
+    @full_precision
     def logdet(self) -> Tensor:
         """log det of this operator, which is minus that of what it inverts: a float64 scalar."""
         return sum(block.logdet() for block in self._blocks())
 
+    @full_precision
     def det(self) -> Tensor:
         """The determinant, a float64 scalar (inf or 0 beyond its range: use `logdet`)."""
         return self.logdet().exp()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hvpfast import ops
+from hvpfast.autocast import full_precision
 from hvpfast.capture import kronecker
 from hvpfast.capture.units import Unit
 from hvpfast.operators.blocks import Block, Decomposed, Inverse, KroneckerBlock, SpectralBlock
@@ -91,6 +92,7 @@ class EKFAC(KFAC):
 
         run.pull(receive, None, done)
 
+    @full_precision
     def inverse(self, damping: float = 0.0, method: str = "exact") -> Inverse:
         """The inverse of the damped operator, `(K + damping)^-1`, exactly. Raises ValueError as for `KFAC.inverse`."""
         if method != "exact":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from hvpfast.autocast import as_the_user_has_it
 from hvpfast.capture.problem import Evaluated
 from hvpfast.operators.ggn import OutputCurvature, Piece, RowsPiece
 
@@ -45,7 +46,9 @@ class EmpiricalFisher(OutputCurvature):
     def _outer(self, evaluated: Evaluated, output: Tensor) -> tuple[Tensor, Tensor]:
         loss, target = self.problem.loss, evaluated.batch.target
         leaf = output.detach().requires_grad_(True)
-        (u,) = torch.autograd.grad(loss.sample_losses(leaf, target).sum(), leaf)
+        with as_the_user_has_it():
+            losses = loss.sample_losses(leaf, target)
+        (u,) = torch.autograd.grad(losses.sum(), leaf)
         return u.detach().unsqueeze(0), loss.shares(output.detach(), target)
 
     def _linearised(self, evaluated: Evaluated) -> Piece | RowsPiece:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hvpfast import ops
+from hvpfast.autocast import full_precision
 from hvpfast.capture.data import Batch
 from hvpfast.capture.errors import NonFiniteError
 from hvpfast.capture.problem import Problem, finite
@@ -121,6 +122,7 @@ class KFAC(BlockDiagonal):
         """Forget the factors: the next use computes them for the parameters as they are then."""
         self._computed = self._decomposed = None
 
+    @full_precision
     def _factored(self) -> list[Block]:
         """The blocks as factors, computed once."""
         if self._computed is None:
@@ -163,6 +165,7 @@ class KFAC(BlockDiagonal):
     # What is known of it ------------------------------------------------------------------------------------------------
 
     @property
+    @full_precision
     def factors(self) -> dict[str, Factors]:
         """The Kronecker factors by module name; for a weight or bias that is a block of its own, by parameter name."""
         result = {}
@@ -178,6 +181,7 @@ class KFAC(BlockDiagonal):
         same = [other for other in self._factored() if other.name == block.name]
         return block.name if len(same) == 1 and block.name else ", ".join(block.names)
 
+    @full_precision
     def memory(self) -> Memory:
         """What computing the factors takes, beforehand: the model is run forward on the first batch, nothing else."""
         with torch.inference_mode(False), preserved(self.problem.model):
@@ -224,6 +228,7 @@ class KFAC(BlockDiagonal):
             raise ValueError(f"{type(self).__name__}: {error}") from error
         return list(zip(eigen[1::2], eigen[::2], strict=True))  # (G, A)
 
+    @full_precision
     def inverse(self, damping: float = 0.0, method: str = "exact") -> Inverse:
         """The inverse of the damped operator.
 
@@ -264,11 +269,13 @@ class KFAC(BlockDiagonal):
                 results.append(block.damped(damping, -1.0))
         return Inverse(self, results)
 
+    @full_precision
     def power(self, exponent: float, damping: float = 0.0) -> BlockDiagonal:
         """(K + damping)^exponent, any real exponent. Raises ValueError where that is singular and the exponent negative."""
         shift = as_damping(damping, f"{type(self).__name__}.power")
         return BlockDiagonal(self, [block.damped(shift, float(exponent)) for block in self._eigen()])
 
+    @full_precision
     def sample(self, n: int = 1, *, damping: float, generator: torch.Generator | None = None) -> Tensor:
         """n draws from N(0, (K + damping)^-1), (P, n): the parameters' posterior of a Laplace approximation around its mode.
 
@@ -277,15 +284,18 @@ class KFAC(BlockDiagonal):
         z = torch.randn(n, self.shape[0], generator=generator, dtype=torch.float64).to(self.device, self.dtype)
         return self.power(-0.5, damping)._rows(z).T
 
+    @full_precision
     def logdet(self, damping: float = 0.0) -> Tensor:
         """log det (K + damping), a float64 scalar; -inf where that is singular."""
         shift = as_damping(damping, f"{type(self).__name__}.logdet")
         return sum(block.sum(lambda x: (x + shift).log()) for block in self._eigen())
 
+    @full_precision
     def det(self, damping: float = 0.0) -> Tensor:
         """det (K + damping), a float64 scalar (0 or inf beyond its range: use `logdet`)."""
         return self.logdet(damping).exp()
 
+    @full_precision
     def eigenvalues(self) -> Tensor:
         """All P eigenvalues, ascending, float64."""
         values = [block.eigenvalues().double() for block in self._eigen()]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hvpfast.autocast import full_precision
 from hvpfast.space import Space
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class LinearOperator:
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shape[0]} x {self.shape[1]}, {self.dtype}, {self.device}>"
 
+    @full_precision
     def __matmul__(self, v: object) -> object:
         if isinstance(v, LinearOperator):
             return Product(self, v)
@@ -91,6 +93,7 @@ class LinearOperator:
         """The transpose: the operator itself, which is symmetric (a product of two is not: see `Product`)."""
         return self.T
 
+    @full_precision
     def quadratic_form(self, v: object) -> Tensor:
         """`v' A v`, summed in float64: a scalar, or (K,) for K columns (not the (K, K) matrix)."""
         rows, _ = self.space.rows(v, f"{type(self).__name__}.quadratic_form")
@@ -99,6 +102,7 @@ class LinearOperator:
         listed = not isinstance(v, Tensor) and rows.shape[0] == 1
         return values[0] if flat or listed else values
 
+    @full_precision
     def to_dense(self, *, columns: int = 64) -> Tensor:
         """The (P, P) matrix, by products with the identity, `columns` at a time. For small P: it takes P products."""
         p = self.shape[0]

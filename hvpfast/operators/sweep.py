@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from hvpfast.autocast import as_the_user_has_it
 from hvpfast.capture.data import Batch, batch_size
 from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.problem import Evaluated, Problem, finite
@@ -164,7 +165,9 @@ class Run:
         loss = self._sweep.problem.loss
         leaf = f.requires_grad_(True)
         with torch.enable_grad():
-            (u,) = torch.autograd.grad(loss.sample_losses(leaf, target).sum(), leaf)
+            with as_the_user_has_it():
+                losses = loss.sample_losses(leaf, target)
+            (u,) = torch.autograd.grad(losses.sum(), leaf)
         if loss.reduction == "sum":
             return u.detach()
         d = loss.terms(f.detach(), target, self._axis).to(f.dtype)  # (R, positions of an output row)

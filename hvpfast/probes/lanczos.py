@@ -8,6 +8,8 @@ import warnings
 import torch
 from torch import Tensor
 
+from hvpfast.autocast import full_precision
+
 from .krylov import Basis
 from .product import Bar, Product, require_count, rotate_rows, row_gram
 from .results import Eigs
@@ -19,6 +21,7 @@ MISSED = 1e-3  # about the chance that a start vector hides an eigenvector from 
 ROUNDING = 10  # residuals below ROUNDING * eps * ||A|| count as converged whatever tol says
 
 
+@full_precision
 def eigsh(
     A,
     k: int = 6,
@@ -285,13 +288,13 @@ def _result(
             f"worst residual {float(residuals[worst]):.3g} at eigenvalue {float(theta[worst]):.6g} (tol={tol:g}); "
             "raise max_matvecs or tol",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     elif verified is False:
         warnings.warn(
             f"eigsh: {product.matvecs} matvecs were too few to rule out repeated eigenvalues (worst residual "
             f"{float(residuals.max()):.3g}); raise max_matvecs, or pass verify=False if copies do not matter",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     return Eigs(theta, vectors, residuals, converged, product.matvecs, pairs, verified, which, seed)

@@ -8,10 +8,13 @@ import warnings
 import torch
 from torch import Tensor
 
+from hvpfast.autocast import full_precision
+
 from .product import Bar, Product, column_dots, require_count
 from .results import Solution
 
 
+@full_precision
 def solve(
     A,
     b: Tensor,
@@ -73,7 +76,7 @@ def solve(
             f"solve: relative residual {float(residuals.max()):.3g} after {iterations} iterations (tol={tol:g}); raise "
             f"max_iterations, damping or tol, use a preconditioner, or a wider dtype than {product.dtype}",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     residual = residuals.cpu() if b.ndim == 2 else float(residuals[0])
     return Solution(X.reshape(b.shape), residual, iterations, converged, product.matvecs, float(damping))

@@ -73,7 +73,7 @@ class Product:
                     f"{self.probe}: A refused a block of {V.shape[1]} columns ({type(error).__name__}: {error}); "
                     "going on column by column, which is slower",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return columns
             self.takes_blocks = True
@@ -138,7 +138,7 @@ class Product:
         if not self.warned_asymmetric:
             self.warned_asymmetric = True
             warnings.warn(
-                f"{said}: rounding of products in this dtype; expect no more digits, or use float64", stacklevel=4
+                f"{said}: rounding of products in this dtype; expect no more digits, or use float64", stacklevel=5
             )
 
 

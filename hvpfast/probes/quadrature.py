@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from hvpfast.autocast import full_precision
+
 from .krylov import BREAKDOWN
 from .product import COLUMNS, Bar, Product, column_dots, rademacher, require_count
 from .results import Density, Estimate, Inertia
@@ -21,6 +23,7 @@ BASIS_BYTES = 2 << 30  # memory for reorthogonalisation; if one probe's basis do
 DENSE = 2048  # largest n for which exact answers go through a dense (n, n) eigenproblem
 
 
+@full_precision
 def density(
     A,
     *,
@@ -87,6 +90,7 @@ def density(
     return Density(grid, curves.mean(dim=0), stderr, nodes, weights, product.matvecs, float(width), seed)
 
 
+@full_precision
 def logdet(
     A, *, damping: float = 0.0, probes: int = 8, steps: int = 64, seed: int = 0, progress: bool = False
 ) -> Estimate:
@@ -123,6 +127,7 @@ def logdet(
     return Estimate(float(per_probe.mean()), stderr, product.matvecs, "exact" if exact else "quadrature", seed)
 
 
+@full_precision
 def inertia(
     A,
     *,

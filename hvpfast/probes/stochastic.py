@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hvpfast.autocast import full_precision
+
 from .product import COLUMNS, Bar, Product, column_dots, rademacher, require_count, rotate_rows, row_gram
 from .results import Estimate
 
@@ -17,6 +19,7 @@ OTHER_PROBES = 1 << 32  # indices of probes that must be independent of the sket
 LEAST = {"hutchinson": 2, "hutch++": 4, "xtrace": 4}
 
 
+@full_precision
 def trace(
     A,
     *,
@@ -68,6 +71,7 @@ def trace(
     return Estimate(value, stderr, product.matvecs, "exact" if matvecs >= product.n else method, seed)
 
 
+@full_precision
 def frobenius_norm(
     A, *, matvecs: int = 64, rtol: float | None = None, seed: int = 0, progress: bool = False
 ) -> Estimate:
@@ -100,6 +104,7 @@ def frobenius_norm(
     return Estimate(value, stderr, product.matvecs, "exact" if exact else "hutchinson", seed)
 
 
+@full_precision
 def diagonal(A, *, matvecs: int = 64, seed: int = 0, progress: bool = False) -> Estimate:
     """The diagonal of A as the mean of v * (A v) over random signs v, with each entry's standard error.
 
