@@ -19,7 +19,14 @@ else
     HVPFAST_BUILD=${HVPFAST_BUILD:-cuda} timeout 240 "$python" -m pip install -q --no-build-isolation --no-deps . || exit 1
 fi
 
-step "validation and times"
+step "hvpfast validate"
+if [ "${HVPFAST_GPU_REHEARSAL:-0}" = 1 ]; then
+    timeout 120 "$python" -m hvpfast validate --device interpret --op softmax_hvp || status=1
+else
+    timeout 90 "$python" -m hvpfast validate --device cuda || status=1
+fi
+
+step "validation of large sizes, and times"
 timeout 420 "$python" bench/gpu.py --seconds 300 || status=1
 
 if [ "${HVPFAST_GPU_REHEARSAL:-0}" = 1 ]; then

@@ -208,7 +208,7 @@ def _sample_gram_cases() -> Iterator[Case]:
 def _grouped_cases() -> Iterator[Case]:
     types = {"jobs_ptr": "*i64", "programs_ptr": "*i32", "damping_ptr": "*fp32"}
     plain, divided, both = (True, False, False), (False, False, True), (True, True, False)
-    asked = {"bf16x6": ((plain, True), (divided, True), (both, True), (plain, False)), "bf16": ((plain, True),)}
+    asked = {"bf16x6": ((plain, True), (divided, True), (both, True), (plain, False)), "bf16x3": ((plain, True),)}
     asked["ieee"] = ((plain, True), (divided, False))
     for name, variants in asked.items():
         tile = grouped.TILES[name]

@@ -20,7 +20,7 @@ from .tiles import Tile, cross
 
 # Tiles by product. Not yet measured on a GPU.
 TILES: dict[str, Tile] = {
-    "bf16": Tile(64, 16, 8, 3, 64),
+    "bf16x3": Tile(64, 16, 8, 3, 64),
     "bf16x6": Tile(64, 16, 8, 3, 64),
     "ieee": Tile(64, 16, 8, 3, 64),
 }
@@ -143,9 +143,9 @@ def each(*given: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 def product(precision: str) -> str:
-    """How products and solves are multiplied: "auto" is "bf16x6", as exact as float32, and so is "bf16x3", whose bound the
-    errors of two products in a row would exceed."""
-    return "bf16x6" if precision in ("auto", "bf16x3") else precision
+    """How products and solves are multiplied: "auto" is "bf16x6", as exact as float32. The others are one step finer than what is
+    asked for, whose bound the errors of two products in a row would exceed."""
+    return {"auto": "bf16x6", "bf16x3": "bf16x6", "bf16": "bf16x3"}.get(precision, precision)
 
 
 def supports(v: Tensor | Sequence[Tensor]) -> str | None:

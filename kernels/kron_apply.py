@@ -25,7 +25,7 @@ def kron_apply(
     left: Tensor | Sequence[Tensor], v: Tensor | Sequence[Tensor], right: Tensor | Sequence[Tensor], *,
     precision: str = "ieee",
 ) -> Tensor | list[Tensor]:  # fmt: skip
-    """See `hvpfast.ops.kron_apply`; "auto" and "bf16x3" are "bf16x6", as exact as float32."""
+    """See `hvpfast.ops.kron_apply`; "auto" is "bf16x6", as exact as float32."""
     results, first, second = [], [], []
     for one, x, other in grouped.each(left, v, right):
         x_wide = grouped.batched(x)

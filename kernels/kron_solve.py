@@ -26,7 +26,7 @@ def kron_solve(
     v: Tensor | Sequence[Tensor], qg: Tensor | Sequence[Tensor], qa: Tensor | Sequence[Tensor],
     eigenvalues: Tensor | Sequence[Tensor], damping: float | Sequence[float], *, precision: str = "ieee",
 ) -> Tensor | list[Tensor]:  # fmt: skip
-    """See `hvpfast.ops.kron_solve`; "auto" and "bf16x3" are "bf16x6", as exact as float32."""
+    """See `hvpfast.ops.kron_solve`; "auto" is "bf16x6", as exact as float32."""
     layers = grouped.each(v, qg, qa, eigenvalues)
     shares = damping if isinstance(damping, (list, tuple)) else [damping] * len(layers)
     results: list[Tensor] = []

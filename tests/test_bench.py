@@ -68,3 +68,19 @@ def test_the_report_refuses_other_files(tmp_path):
         refused = run("-m", "bench.report", other)
         assert refused.returncode == 2 and message in refused.stderr
     assert run("-m", "bench.report", tmp_path / "none.json").returncode == 2
+
+
+@pytest.mark.parametrize("only", ["softmax_hvp", "kron_apply"])
+def test_the_gpu_run_is_rehearsed(only):
+    """Validation and times of a kernel go through on the CPU; bench/gpu.sh with HVPFAST_GPU_REHEARSAL=1 rehearses all."""
+    pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
+    env |= {"HVPFAST_GPU_REHEARSAL": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
+    command = [sys.executable, "bench/gpu.py", "--only", f"^{only}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "0 failures; wrote" in done.stdout, done.stdout + done.stderr
+    report = json.loads(Path(done.stdout.rsplit("wrote ", 1)[1].strip()).read_text())
+    assert report["rehearsal"] and {row["op"] for row in report["validation"]} == {only}
+    assert all("failed" not in row and "ms" not in row for row in report["times"])
+    names = {row["name"] for row in report["times"]}
+    assert "reference fp32" in names and any(name.startswith("triton fp32") for name in names)

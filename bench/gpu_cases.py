@@ -1,0 +1,222 @@
+"""What `gpu.py` times: every kernel, its baselines in the same group, and the least flops and bytes that each must cost."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+REHEARSAL = os.environ.get("HVPFAST_GPU_REHEARSAL") == "1"
+if REHEARSAL:
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from hvpfast import dispatch  # noqa: E402
+
+DEVICE = "cpu" if REHEARSAL else "cuda"
+BACKENDS = ("cpu", "triton") if REHEARSAL else ("triton", "cuda")
+
+# (N, D) of gram, (N, T, I, O) of the norms: what the README's tables show.
+GRAM = ((64, 48),) if REHEARSAL else ((32768, 768), (32768, 4096), (8192, 2048), (4096, 1024), (1024, 256))
+NORMS = ((3, 4, 16, 16), (3, 1, 16, 16)) if REHEARSAL else (
+    (256, 128, 4096, 4096), (32, 1024, 4096, 4096), (64, 256, 768, 3072), (64, 3136, 64, 64), (4096, 1, 4096, 4096),
+)  # fmt: skip
+
+
+class Timed(NamedTuple):
+    """What is timed: `run`, its least flops and bytes, and what multiplies: the key of a ceiling, and how often."""
+
+    group: str
+    name: str
+    run: Callable[[], object]
+    flops: float
+    bytes: float
+    ceiling: str = "bf16"
+    products: int = 1
+
+
+def with_tf32(allowed: bool, run: Callable[[], object]) -> Callable[[], object]:
+    """`run` with torch's float32 products in TF32, or in full."""
+
+    def called():
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+        try:
+            return run()
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    return called
+
+
+def on(op: str, backend: str, precision: str, *args: Tensor, **kwargs) -> Callable[[], object] | None:
+    """The op bound to a backend and precision, or None where it cannot run."""
+    with dispatch.precision(precision):
+        if dispatch.OPS[op].why_not(backend, *args, **kwargs) is not None:
+            return None
+    bound = dispatch.OPS[op].on(backend)
+
+    def run():
+        with dispatch.precision(precision):
+            return bound(*args, **kwargs)
+
+    return run
+
+
+def kernels_of(op: str, group: str, flops: float, size: float, wide: tuple, narrow: tuple, **kwargs) -> Iterator[Timed]:
+    """Each backend and precision of an op: on float32 arguments (`wide`) and on the same in bf16 (`narrow`)."""
+    modes = (
+        ("bf16", "auto", 1, "bf16"),
+        ("fp32", "bf16x3", 3, "bf16"),
+        ("fp32", "bf16", 1, "bf16"),
+        ("fp32", "ieee", 1, "fp32"),
+    )
+    for backend in BACKENDS:
+        for dtype, precision, products, ceiling in modes:
+            run = on(op, backend, precision, *(narrow if dtype == "bf16" else wide), **kwargs)
+            if run is not None:
+                moved = size / 2 if dtype == "bf16" else size
+                yield Timed(group, f"{backend} {dtype} {precision}", run, flops, moved, ceiling, products)
+
+
+def gram_times(rows: int, width: int) -> Iterator[Timed]:
+    group = f"gram N={rows} D={width}"
+    x = torch.randn(rows, width, device=DEVICE)
+    narrow, out = x.bfloat16(), torch.zeros(width, width, device=DEVICE)
+    full, size, reference = 2 * rows * width**2, 4 * x.numel(), dispatch.OPS["gram"].reference
+    yield Timed(group, "torch.mm bf16, bf16 out", lambda: narrow.T @ narrow, full, size / 2)
+    yield Timed(group, "torch.mm tf32", with_tf32(True, lambda: torch.mm(x.T, x, out=out)), full, size, "tf32")
+    yield Timed(group, "torch.mm fp32", with_tf32(False, lambda: torch.mm(x.T, x, out=out)), full, size, "fp32")
+    yield Timed(
+        group, "reference bf16", lambda: reference(narrow, out=out, alpha=0.1, beta=0.9), full, size / 2, "fp32"
+    )
+    blend = {"out": out, "alpha": 0.1, "beta": 0.9}
+    yield from kernels_of("gram", group, rows * width * (width + 1), size, (x,), (narrow,), **blend)
+
+
+def norms_times(n: int, t: int, i: int, o: int) -> Iterator[Timed]:
+    group = f"sample_norms_squared N={n} T={t} I={i} O={o}"
+    a, g = torch.randn(n, t, i, device=DEVICE), torch.randn(n, t, o, device=DEVICE)
+    narrow = a.bfloat16(), g.bfloat16()
+    flops = 2 * n * (i + o) if t == 1 else n * t * min((t + 1) * (i + o), 2 * i * o)
+    size, reference = 4 * (a.numel() + g.numel()), dispatch.OPS["sample_norms_squared"].reference
+    left, right = narrow[1].flatten(0, 1), narrow[0].flatten(0, 1)
+    yield Timed(group, "weight gradient, torch.mm bf16", lambda: left.T @ right, 2 * n * t * i * o, size / 2)
+    yield Timed(group, "reference bf16", lambda: reference(*narrow), flops, size / 2, "fp32")
+    yield Timed(group, "reference fp32", lambda: reference(a, g), flops, size, "fp32")
+    yield from kernels_of("sample_norms_squared", group, flops, size, (a, g), narrow)
+
+
+# Everything else: the op, its arguments in float32, its least products (half its flops) and its modes below.
+_STATISTIC = ("bf16x3", 3), ("bf16", 1), ("ieee", 1)
+_OPERATOR = ("auto", 6), ("bf16", 1), ("ieee", 1)  # "auto" is bf16x6 there
+_CHAIN = ("auto", 6), ("bf16", 3), ("ieee", 1)  # and each step one finer
+
+
+def op_times(
+    op: str, group: str, args: tuple, products: float, size: float, modes: tuple = _STATISTIC, **kwargs
+) -> Iterator[Timed]:
+    """An op's reference (eager, TF32, compiled, bf16), then its kernels on float32 and on the same in bf16."""
+    reference, flops = dispatch.OPS[op].reference, 2 * products
+    narrow = _converted(args)
+    yield Timed(group, "reference fp32", with_tf32(False, lambda: reference(*args, **kwargs)), flops, size, "fp32")
+    yield Timed(group, "reference tf32", with_tf32(True, lambda: reference(*args, **kwargs)), flops, size, "tf32")
+    yield Timed(group, "reference on bf16 data", lambda: reference(*narrow, **kwargs), flops, size / 2, "fp32")
+    if not REHEARSAL:
+        compiled = torch.compile(reference, dynamic=False)
+        yield Timed(
+            group, "reference compiled tf32", with_tf32(True, lambda: compiled(*args, **kwargs)), flops, size, "tf32"
+        )
+    for backend in BACKENDS:
+        for precision, times in modes:
+            run = on(op, backend, precision, *args, **kwargs)
+            if run is not None:
+                ceiling = "fp32" if precision == "ieee" else "bf16"
+                yield Timed(group, f"{backend} fp32 {precision}", run, flops, size, ceiling, times)
+        run = on(op, backend, "auto", *narrow, **kwargs)
+        if run is not None:
+            yield Timed(group, f"{backend} bf16 auto", run, flops, size / 2, "bf16", 1)
+
+
+def _converted(values):
+    if isinstance(values, Tensor):
+        return values.bfloat16()
+    return type(values)(map(_converted, values)) if isinstance(values, (tuple, list)) else values
+
+
+def pair_times(op: str, n: int, t: int, i: int, o: int) -> Iterator[Timed]:
+    """Ops of a (N, T, I) and g (N, T, O)."""
+    a, g = torch.randn(n, t, i, device=DEVICE), torch.randn(n, t, o, device=DEVICE)
+    products, size = n * t * i * o, 4 * (a.numel() + g.numel() + i * o)
+    args, modes = (a, g), _STATISTIC
+    if op == "sample_dots":
+        args, modes = (a, g, torch.randn(o, i, device=DEVICE)), _OPERATOR
+    elif op == "weighted_grad":
+        args, modes = (a, g, torch.randn(n, device=DEVICE)), _OPERATOR
+    elif op == "rotated_second_moment":
+        args = (a, g, *(torch.linalg.qr(torch.randn(f, f, device=DEVICE))[0] for f in (i, o)))
+        products += n * t * (i * i + o * o)
+    elif op == "sample_gram":
+        products = n * (n + 1) // 2 * t * t * (i + o) if t * (i + o) < 2 * i * o / t else n * n * i * o // 2
+        size = 4 * (a.numel() + g.numel() + n * n)
+    elif op == "sample_grads":
+        size = 4 * (a.numel() + g.numel() + n * i * o)
+    yield from op_times(op, f"{op} N={n} T={t} I={i} O={o}", args, products, size, modes)
+
+
+def conv_times(n: int, c: int, side: int, kernel: int, stride: int, groups: int) -> Iterator[Timed]:
+    """conv_gram, its floor the products of the boxes (conv_plan.py), or of half the patches' Gram matrix for few channels."""
+    from hvpfast.kernels import conv_plan
+    from hvpfast.kernels.native import _cpu_convolution as convolution
+
+    x = torch.randn(n, c, side, side, device=DEVICE)
+    how = {"stride": stride, "padding": kernel // 2, "groups": groups}
+    axes, of_group, positions, features, _ = convolution(x.shape, kernel, stride, kernel // 2, 1, groups)
+    boxes, _, _ = conv_plan.boxes_of(axes)
+    pixels = sum(math.prod(run.count for run in box.runs) / (1 if any(box.delta) else 2) for box in boxes)
+    products = n * groups * min(pixels * of_group**2, positions * features**2 / 2)
+    size = 4 * (x.numel() + groups * features**2)
+    group = f"conv_gram {kernel}x{kernel}/{stride} N={n} C={c} {side}x{side} groups={groups}"
+    yield from op_times("conv_gram", group, (x, kernel), products, size, **how)
+
+
+def softmax_times(rows: int, classes: int, columns: int) -> Iterator[Timed]:
+    logits, v = torch.randn(rows, classes, device=DEVICE), torch.randn(columns, rows, classes, device=DEVICE)
+    size = 4 * (logits.numel() + 2 * v.numel())
+    modes = (("auto", 1),)
+    group = f"softmax_hvp rows={rows} C={classes} K={columns}"
+    yield from op_times("softmax_hvp", group, (logits, v), 3 * v.numel(), size, modes)
+
+
+def kron_times(op: str, layers: int, features: int) -> Iterator[Timed]:
+    def draw() -> list[Tensor]:
+        return [torch.randn(features, features, device=DEVICE) / features**0.5 for _ in range(layers)]
+
+    v, left, right = draw(), draw(), draw()
+    solve = op == "kron_solve"
+    args = (v, left, right, [x.square() for x in draw()], 1e-3) if solve else (left, v, right)
+    products, size = (4 if solve else 2) * layers * features**3, 4 * (5 if solve else 4) * layers * features**2
+    yield from op_times(op, f"{op} layers={layers} I=O={features}", args, products, size, _CHAIN)
+
+
+PAIRS = ("second_moment", "rotated_second_moment", "weighted_grad", "sample_dots", "sample_grads")
+ALL: tuple[tuple[Callable, tuple], ...] = (
+    (gram_times, GRAM),
+    (norms_times, NORMS),
+    (conv_times, ((2, 16, 5, 3, 1, 1), (1, 3, 6, 3, 2, 1)) if REHEARSAL else (
+        (32, 64, 56, 3, 1, 1), (32, 256, 14, 3, 1, 1), (32, 128, 28, 3, 2, 1), (64, 3, 224, 7, 2, 1), (32, 512, 14, 3, 1, 512),
+    )),
+    (pair_times, tuple((op, 3, 4, 16, 16) for op in (*PAIRS, "sample_gram")) if REHEARSAL else (
+        *((op, 64, 256, 1024, 1024) for op in PAIRS), ("second_moment", 4096, 1, 2048, 2048),
+        ("sample_gram", 4096, 1, 4096, 4096), ("sample_gram", 256, 64, 1024, 1024),
+    )),
+    (softmax_times, ((3, 20, 2),) if REHEARSAL else (
+        (4096, 128 * 1024, 1), (8192, 1000, 4), (262144, 10, 1), (16, 128 * 1024, 1),
+    )),
+    (kron_times, tuple((op, 2, 20) for op in ("kron_apply", "kron_solve")) if REHEARSAL else tuple(
+        (op, 48, features) for op in ("kron_apply", "kron_solve") for features in (256, 1024)
+    )),
+)  # fmt: skip
