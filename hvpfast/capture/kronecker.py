@@ -1,7 +1,8 @@
 """Kronecker factors of one call of a layer: Gram matrices of its inputs and of the gradients at its outputs.
 
 Everything here adds to a running total of B groups, so that calls, columns and batches follow each other without a
-temporary. `weight` and `ones` say whether a layer's features, and a last one that is 1 (its bias), are wanted.
+temporary. `weight` and `ones` say whether a layer's features, and a last one that is 1 (its bias), are wanted; `beta`
+multiplies the total first: 1, or 0 where it holds nothing yet and is not read.
 """
 
 from __future__ import annotations
@@ -50,20 +51,26 @@ def input_rows(
 
     `weights`: (N,) or (N, T), what each row counts, or None for one each. `scale` multiplies the rows.
     """
-    a = normal.inputs(part) if normal.patches else normal.inputs()[:, part]
-    (b, n, t, i), dtype = a.shape, ops.accumulate_dtype(a.dtype)
-    if approx == "reduce":
-        a, t = a.to(dtype).mean(2, keepdim=True), 1
-    i = i if weight else 0
-    rows = torch.empty(b, n, t, i + ones, dtype=dtype, device=a.device)
-    factor: float | Tensor = scale
-    if weights is not None:
-        w = weights[part].to(dtype).sqrt() * scale
-        factor = w.reshape(1, w.shape[0], -1, 1)
-    if i:
-        torch.mul(a, factor, out=rows[..., :i]) if a.dtype is dtype else rows[..., :i].copy_(a).mul_(factor)
-    if ones:
-        rows[..., i:] = factor
+    rows: Tensor | None = None
+    pieces = _chunks([normal], len(normal.image.x)) if normal.patches and part == slice(None) else (part,)
+    for piece in pieces:  # few samples at a time: the patches stay in the cache on their way into the rows
+        a = normal.inputs(piece) if normal.patches else normal.inputs()[:, piece]
+        (b, n, t, i), dtype = a.shape, ops.accumulate_dtype(a.dtype)
+        if approx == "reduce":
+            a, t = a.to(dtype).mean(2, keepdim=True), 1
+        i = i if weight else 0
+        if rows is None:
+            many = n if piece is part else len(normal.image.x)
+            rows = torch.empty(b, many, t, i + ones, dtype=dtype, device=a.device)
+        out = rows if piece is part else rows[:, piece]
+        factor: float | Tensor = scale
+        if weights is not None:
+            w = weights[piece].to(dtype).sqrt() * scale
+            factor = w.reshape(1, w.shape[0], -1, 1)
+        if i:
+            torch.mul(a, factor, out=out[..., :i]) if a.dtype is dtype else out[..., :i].copy_(a).mul_(factor)
+        if ones:
+            out[..., i:] = factor
     return rows.flatten(1, 2)
 
 
@@ -76,26 +83,35 @@ def add_input_gram(
     ones: bool,
     weights: Tensor | None,
     alpha: float,
+    beta: float = 1.0,
 ) -> None:
-    """total (B, I, I) += alpha sum_r w_r a_r a_r' over the rows of `input_rows`; patches are not made where none need be."""
+    """total (B, I, I) = beta total + alpha sum_r w_r a_r a_r' over the rows of `input_rows`; patches are not made where
+    none need be."""
     if not weight:  # every row is 1
         rows = samples if approx == "reduce" else samples * normal.positions
         if weights is not None:
             rows = float(weights.sum()) * (normal.positions if weights.dim() == 1 and approx == "expand" else 1)
-        total.add_(alpha * rows)
+        total.copy_(alpha * rows) if beta == 0 else total.add_(alpha * rows)
     elif normal.image is not None and (weights is None or (weights.dim() == 1 and approx == "expand")):
-        _add_patch_gram(total, normal, normal.image, approx, ones, weights, alpha)
+        _add_patch_gram(total, normal, normal.image, approx, ones, weights, alpha, beta)
     elif weights is None and approx == "expand":
         for a, out in zip(normal.inputs(), total, strict=True):
-            ops.gram(a, out=out, alpha=alpha, beta=1.0, ones_column=ones)
+            ops.gram(a, out=out, alpha=alpha, beta=beta, ones_column=ones)
     else:
         for part in _chunks([normal], samples):
             for rows, out in zip(input_rows(normal, approx, weight, ones, weights, part), total, strict=True):
-                ops.gram(rows, out=out, alpha=alpha, beta=1.0)
+                ops.gram(rows, out=out, alpha=alpha, beta=beta if part.start == 0 else 1.0)
 
 
 def _add_patch_gram(
-    total: Tensor, normal: Normal, image: Image, approx: str, ones: bool, weights: Tensor | None, alpha: float
+    total: Tensor,
+    normal: Normal,
+    image: Image,
+    approx: str,
+    ones: bool,
+    weights: Tensor | None,
+    alpha: float,
+    beta: float,
 ) -> None:
     options = {
         "stride": image.stride,
@@ -106,8 +122,10 @@ def _add_patch_gram(
     }
     if weights is None and not image.flipped:
         out = total[0] if normal.groups == 1 else total
-        ops.conv_gram(image.x, image.kernel, **options, ones_column=ones, out=out, alpha=alpha, beta=1.0)
+        ops.conv_gram(image.x, image.kernel, **options, ones_column=ones, out=out, alpha=alpha, beta=beta)
         return
+    if beta == 0:
+        total.zero_()
     x = image.x.to(total.dtype)
     if weights is not None:
         w = weights.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
@@ -172,15 +190,15 @@ def output_rows(normal: Normal, grad: Tensor, approx: str) -> Tensor:
     return g.sum(2) if approx == "reduce" else g.flatten(1, 2)
 
 
-def add_output_gram(total: Tensor, normal: Normal, grad: Tensor, approx: str, alpha: float) -> None:
-    """total (B, O, O) += alpha sum_r g_r g_r' over the rows of `output_rows`."""
+def add_output_gram(total: Tensor, normal: Normal, grad: Tensor, approx: str, alpha: float, beta: float = 1.0) -> None:
+    """total (B, O, O) = beta total + alpha sum_r g_r g_r' over the rows of `output_rows`."""
     if normal.image is not None and approx == "expand":  # (M, B O, *spatial): no transposed copy
         out = total[0] if normal.groups == 1 else total
-        ops.conv_gram(grad, 1, groups=normal.groups, out=out, alpha=alpha, beta=1.0)
+        ops.conv_gram(grad, 1, groups=normal.groups, out=out, alpha=alpha, beta=beta)
         return
     g = normal.grads(grad)
     for rows, out in zip(g.sum(2) if approx == "reduce" else g, total, strict=True):
-        ops.gram(rows, out=out, alpha=alpha, beta=1.0)
+        ops.gram(rows, out=out, alpha=alpha, beta=beta)
 
 
 def add_output_squares(total: Tensor, normal: Normal, grad: Tensor, approx: str, alpha: float) -> None:

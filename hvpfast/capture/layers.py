@@ -8,7 +8,7 @@ both as a grouped linear map over shared positions: `a` (G, N, T, I) and, from a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,15 @@ class Normal:
     image: Image | None = None
     skips: int | None = None
     kronecker: Callable[[Sequence[int]], Normal] | None = None
+
+    def of_gradients(self) -> Normal:
+        """The same without the layer's input, whose memory it no longer holds: it reads gradients only."""
+        image = None if self.image is None else replace(self.image, x=self.image.x.new_empty(0))
+        return replace(self, inputs=_let_go, image=image, kronecker=None)
+
+
+def _let_go(*arguments: object) -> Tensor:
+    raise RuntimeError("the layer's input is no longer held")
 
 
 Rule = Callable[[nn.Module, Tensor], "Normal | None"]  # None: this configuration of the module has no rule

@@ -34,7 +34,7 @@ class Call:
     name: str
     weight: Tensor | None
     bias: Tensor | None
-    x: Tensor
+    x: Tensor | None
     version: int
     edge: GradientEdge
     normal: Normal
@@ -49,8 +49,14 @@ class Call:
         """The normal form that Kronecker factors are made from."""
         return self.normal if self.normal.kronecker is None else self.normal.kronecker(self.extents)
 
+    def let_go(self) -> None:
+        """Hold the input no longer, only what reads gradients: the graph frees it as the backward pass goes through."""
+        self.check()
+        self.normal = self.kronecker = self.kronecker.of_gradients()
+        self.x = None
+
     def check(self) -> None:
-        if self.x._version != self.version:
+        if self.x is not None and self.x._version != self.version:
             raise StateError(
                 f"the input of layer {self.name!r} was changed in place after the layer used it; its gradient would be "
                 f"wrong: replace the in-place operation in the model's forward"

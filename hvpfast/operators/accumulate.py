@@ -33,10 +33,13 @@ class KroneckerSums:
         self.unit, self.layout, self.approx = unit, unit.layout, approx
         self.weight, self.ones = self.layout.weight is not None, self.layout.bias is not None
         self._totals = [
-            None if thin else torch.zeros(shape, dtype=dtype, device=device)
+            None if thin else (torch.empty if len(shape) == 3 else torch.zeros)(shape, dtype=dtype, device=device)
             for shape, thin in self._shapes(unit, run, approx, single)
         ]
-        self._whole = (run.total, run.weight)  # of a single batch, the only one that rows are kept of
+        self._betas = [0.0, 0.0]  # of what is added next: a matrix holds nothing before the first
+        # What a single batch is divided by, at once: rows are kept of no other.
+        self._whole = (run.total, run.weight) if single else (1.0, 1.0)
+        self._single = single
         self._rows: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._column: Tensor | None = None
         self.reached = False
@@ -83,14 +86,18 @@ class KroneckerSums:
             self._add_input(normal, samples, w, alpha)
 
     def _add_input(self, normal, samples: int, w: Tensor | None, alpha: float) -> None:
-        total, arguments = self._totals[0], (self.approx, self.weight, self.ones, w)
+        total, arguments, alpha = self._totals[0], (self.approx, self.weight, self.ones, w), alpha / self._whole[0]
         if total is None:
-            scale = (alpha / self._whole[0]) ** 0.5
-            self._rows[0].append(kronecker.input_rows(normal, *arguments, scale=scale))
+            self._rows[0].append(kronecker.input_rows(normal, *arguments, scale=alpha**0.5))
         elif total.dim() == 2:
             kronecker.add_input_squares(total, normal, samples, *arguments, alpha)
         else:
-            kronecker.add_input_gram(total, normal, samples, *arguments, alpha)
+            kronecker.add_input_gram(total, normal, samples, *arguments, alpha, self._beta(0))
+
+    def _beta(self, side: int) -> float:
+        """0 for what is added first, 1 from then on."""
+        beta, self._betas[side] = self._betas[side], 1.0
+        return beta
 
     def _add_reduced_inputs(self, run: Run, rows: int) -> None:
         """A layer with several calls: the mean over the positions of all."""
@@ -115,13 +122,13 @@ class KroneckerSums:
             rows = kronecker.output_rows(normal, grad, "reduce")
             self._column = rows if self._column is None else self._column + rows
             return
-        total = self._totals[1]
+        total, alpha = self._totals[1], run.weight / self._whole[1]
         if total is None:
             self._add_rows(1, kronecker.output_rows(normal, grad, self.approx), run.weight)
         elif total.dim() == 2:
-            kronecker.add_output_squares(total, normal, grad, self.approx, run.weight)
+            kronecker.add_output_squares(total, normal, grad, self.approx, alpha)
         else:
-            kronecker.add_output_gram(total, normal, grad, self.approx, run.weight)
+            kronecker.add_output_gram(total, normal, grad, self.approx, alpha, self._beta(1))
 
     def end_column(self, run: Run) -> None:
         if self._column is not None:
@@ -130,23 +137,27 @@ class KroneckerSums:
 
     def _add_rows(self, side: int, rows: Tensor, alpha: float) -> None:
         """Rows (B, R, size) of the input (0) or output (1) factor."""
-        total = self._totals[side]
+        total, alpha = self._totals[side], alpha / self._whole[side]
         if total is None:
-            self._rows[side].append(rows * (alpha / self._whole[side]) ** 0.5)
+            self._rows[side].append(rows * alpha**0.5)
         elif total.dim() == 2:
             total.add_(rows.square().sum(1), alpha=alpha)
         else:
+            beta = self._beta(side)
             for one, out in zip(rows, total, strict=True):
-                ops.gram(one, out=out, alpha=alpha, beta=1.0)
+                ops.gram(one, out=out, alpha=alpha, beta=beta)
 
     def finish(self, terms: float, weight: float) -> tuple[Factor, Factor]:
         """A over the sum of the terms' shares, G over the batches' total weight."""
         made: list[Factor] = []
-        for total, rows, scale in zip(self._totals, self._rows, (1 / terms, 1 / weight), strict=True):
+        for side, scale in enumerate((1 / terms, 1 / weight)):
+            total, rows = self._totals[side], self._rows[side]
             if total is None:
                 made.append(Thin(rows[0] if len(rows) == 1 else torch.cat(rows, 1)))
-            else:
-                made.append((Diagonal if total.dim() == 2 else Dense)(total.mul_(scale)))
+                continue
+            if total.dim() == 3 and self._betas[side] == 0:
+                total.zero_()
+            made.append((Diagonal if total.dim() == 2 else Dense)(total if self._single else total.mul_(scale)))
         return made[0], made[1]
 
 
@@ -209,6 +220,9 @@ def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerS
         weights.append(run.weight)
         for one in sums:
             one.add_inputs(run)
+        read = {number for one in rows for number in one.unit.calls}
+        for number in {number for one in sums for number in one.unit.calls} - read:
+            run.tape.calls[number].let_go()
         if sweep.fisher_type == "forward-only":
             for one in rows:
                 one.add_diagonal(_forward_only(run, one.unit, problem.params), run.weight)

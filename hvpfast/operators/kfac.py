@@ -150,7 +150,8 @@ class KFAC(BlockDiagonal):
             if self.fisher_type == "forward-only":
                 g = Diagonal(torch.ones_like(g.diagonal()))
             for label, factor in (("input", a), ("output gradient", g)):
-                if not finite(factor.data):
+                # A Gram matrix is finite where its diagonal is.
+                if not finite(factor.diagonal() if isinstance(factor, Dense) else factor.data):
                     raise NonFiniteError(
                         f"{self.problem.who}: the {label} factor of {one.unit.name!r} has NaN or inf: activations or gradients "
                         f"are too large for {factor.dtype}, or not finite"
