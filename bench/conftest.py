@@ -18,6 +18,7 @@ def pytest_addoption(parser):
     group.addoption(
         "--bench-seconds", type=float, default=1.0, help="seconds for each contestant of a group (default 1)"
     )
+    group.addoption("--bench-rivals", help="K-FAC: only these peers, by name with commas between (default all)")
 
 
 def pytest_collection_modifyitems(items):
@@ -40,6 +41,12 @@ def quick(request) -> bool:
 @pytest.fixture(scope="session")
 def pace(request, quick) -> Pace:
     return QUICK if quick else Pace(seconds=request.config.getoption("--bench-seconds"))
+
+
+@pytest.fixture(scope="session")
+def rivals(request) -> list[str] | None:
+    names = request.config.getoption("--bench-rivals")
+    return None if names is None else names.split(",")
 
 
 @pytest.fixture(scope="session")

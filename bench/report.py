@@ -17,6 +17,7 @@ COLUMNS = {
     "operators": ("product", "by", "time", "ratio", "against", "gradients a column", "memory"),
     "samples": ("quantity", "by", "time", "ratio", "against", "gradients", "memory"),
     "optim": ("training step", "by", "time", "ratio", "against", "SGD steps", "memory"),
+    "kfac": ("factors", "by", "time", "ratio", "against", "gradients", "memory"),
     "probes": ("probe", "by", "time", "ratio", "against", "memory"),
     "dispatch": ("op, backend", "overhead", "limit"),
 }
@@ -50,7 +51,7 @@ def cells(entry: dict) -> tuple[str, ...]:
         return (*shared, *rates, memory)
     if info["suite"] == "operators":
         return (*shared, f"{info['gradients_per_column']:.2f}", memory)
-    if info["suite"] == "samples":
+    if info["suite"] in ("samples", "kfac"):
         return (*shared, f"{info['gradients']:.2f}", memory)
     if info["suite"] == "optim":
         return (*shared, f"{info['sgd_steps']:.2f}", memory)

@@ -34,14 +34,15 @@ def test_plain_pytest_leaves_the_benches_out():
 def test_every_entry_says_what_it_is(results):
     entries = json.loads(results.read_text())["benchmarks"]
     suites = {entry["extra_info"]["suite"] for entry in entries}
-    assert suites == {"ops", "operators", "optim", "samples", "probes", "dispatch"}
+    assert suites == {"ops", "operators", "optim", "samples", "kfac", "probes", "dispatch"}
     for entry in entries:
         info = entry["extra_info"]
         assert entry["group"] and entry["stats"]["rounds"] >= 2
         if info["suite"] != "dispatch":
             assert entry["stats"]["median"] > 0
             assert info["versions"]["torch"] and info["device"] and info["device_name"]
-            assert info["ratio"] > 0 if info["against"] else info["suite"] == "probes"  # some have rivals only in peers
+            alone = info["suite"] in ("probes", "kfac")  # some have rivals only in peers
+            assert info["ratio"] > 0 if info["against"] else alone
         if info["suite"] == "ops":
             assert info["flops"] >= 0 and info["bytes"] > 0 and info["roofline_percent"] > 0
     against_itself = [e for e in entries if e["extra_info"].get("against") == e["extra_info"]["contestant"]]
@@ -84,3 +85,15 @@ def test_the_gpu_run_is_rehearsed(only):
     assert all("failed" not in row and "ms" not in row for row in report["times"])
     names = {row["name"] for row in report["times"]}
     assert "reference fp32" in names and any(name.startswith("triton fp32") for name in names)
+
+
+def test_the_proof_holds_for_ours():
+    """Every case of `bench.proof` without the peers: exact to rounding, and the drawn ones to their noise."""
+    done = run("-m", "bench.proof", "--alone")
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 30
+    for quantity, case, norm, error in rows:
+        drawn = quantity.endswith("drawn labels")
+        assert float(norm) > 0.1, case
+        assert (float(error.strip("%")) < 2) if drawn else (float(error) <= 1e-10), (quantity, case, error)
