@@ -97,3 +97,17 @@ def test_the_proof_holds_for_ours():
         drawn = quantity.endswith("drawn labels")
         assert float(norm) > 0.1, case
         assert (float(error.strip("%")) < 2) if drawn else (float(error) <= 1e-10), (quantity, case, error)
+
+
+def test_the_training_example(tmp_path):
+    for needed in ("sklearn", "matplotlib"):
+        pytest.importorskip(needed)
+    done = run("-m", "bench.training", "--out", tmp_path / "pictures", "--steps", 5)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["cnn", "cnn", "transformer", "transformer"]
+    assert all("after 5 steps" in line for line in lines)
+    for name in ("cnn.png", "transformer.png"):
+        assert (tmp_path / "pictures" / name).read_bytes()[:4] == b"\x89PNG"
+    refused = run("-m", "bench.training", "--out", tmp_path, "--steps", 0)
+    assert refused.returncode == 2 and "--steps is 0" in refused.stderr
