@@ -103,7 +103,7 @@ class Layer:
         return self.running.add(new, decay)
 
     def precondition(self, grads: Sequence[Tensor], damping: float) -> tuple[list[Tensor], Tensor]:
-        """(block + damping)^-1 of the gradients, shaped like them, and its inner product with them ()."""
+        """(block + damping)^-1 of the gradients, shaped like them, and its inner product with them, float64 ()."""
         raise NotImplementedError
 
     def state(self) -> dict[str, object]:
@@ -352,7 +352,7 @@ def _both_sides(right: Tensor, left: Tensor, v: Tensor) -> Tensor:
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return torch.dot(x.reshape(-1), y.reshape(-1)).to(accumulate_dtype(x.dtype))
+    return torch.dot(x.reshape(-1), y.reshape(-1)).double()
 
 
 def invert(layers: Sequence[Layer], damping: float, tolerance: float) -> dict[str, str]:
