@@ -57,8 +57,8 @@ def cnn() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"cnn": cnn, "transformer": RowsAsTokens}
 SGD_RATES = (0.03, 0.1, 0.2, 0.3)  # the best of these, by the last loss, is shown
-KFAC = {"damping": 0.03, "kl_clip": 0.001, "factor_update_steps": 5, "inv_update_steps": 20}
-KFAC_LR = 0.03
+KFAC = {"damping": 0.03, "factor_update_steps": 5, "inv_update_steps": 20}
+KFAC_LR, KL_CLIP = 0.03, 0.001
 
 
 def digits() -> tuple[Tensor, Tensor]:
@@ -69,11 +69,19 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train(name: str, data: tuple[Tensor, Tensor], steps: int, seed: int, lr: float, kfac: bool) -> Curve:
-    """SGD with momentum 0.9 on random batches, with or without K-FAC between backward and step."""
+    """SGD with momentum 0.9 on random batches, with or without K-FAC between backward and step; all rates fall to 0."""
     torch.manual_seed(seed)
     model, loss = MODELS[name](), nn.CrossEntropyLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    preconditioner = hf.optim.KFACPreconditioner(model, lr=lr, **KFAC) if kfac else None
+
+    def left(step: int) -> float:
+        return 1 - step / (steps + 1)
+
+    preconditioner = None
+    if kfac:  # kl_clip sets the length of a step, so it falls with the square of the rate
+        preconditioner = hf.optim.KFACPreconditioner(
+            model, lr=lambda step: lr * left(step), kl_clip=lambda step: KL_CLIP * left(step) ** 2, **KFAC
+        )
     curve, seconds = Curve([], [], []), 0.0
     for step in range(steps + 1):
         if step % EVERY == 0:
@@ -83,6 +91,7 @@ def train(name: str, data: tuple[Tensor, Tensor], steps: int, seed: int, lr: flo
                 column.append(entry)
         chosen = torch.randint(0, len(data[0]), (BATCH,))
         start = time.perf_counter()
+        optimizer.param_groups[0]["lr"] = lr * left(step)
         optimizer.zero_grad()
         loss(model(data[0][chosen]), data[1][chosen]).backward()
         if preconditioner is not None:
