@@ -69,8 +69,7 @@ def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows
     Two backward passes, of the first and of the last sample, that keep one bit a row; once for a model and a pattern of
     calls (their layers, and which of their axes are as long as the batch).
     """
-    modules = [] if model is None else list(model.modules())
-    if n < 2 or not output.numel() or any(map(_batch_statistics, modules)):
+    if n < 2 or not output.numel() or mixes_samples(model):
         return UNKNOWN  # one sample shares nothing; batch statistics mix samples everywhere, by design
     pattern = pattern_of(tape, n)
     known = _known.setdefault(model, {}) if model is not None else {}
@@ -79,8 +78,11 @@ def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows
     return known[pattern]
 
 
-def _batch_statistics(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+def mixes_samples(model: nn.Module | None) -> bool:
+    """Whether a layer of the model normalises by the batch's own statistics."""
+    kind = nn.modules.batchnorm._BatchNorm
+    modules = () if model is None else model.modules()
+    return any(isinstance(module, kind) and (module.training or module.running_mean is None) for module in modules)
 
 
 def pattern_of(tape: Tape, n: int) -> tuple:
@@ -93,10 +95,8 @@ def pattern_of(tape: Tape, n: int) -> tuple:
 
 def _probe(tape: Tape, output: Tensor, n: int) -> Rows:
     last = last_calls(tape, output)
-    used: list[dict[int, Tensor]] = [
-        {},
-        {},
-    ]  # by call: whether the gradient reaches a row, of the first and last sample
+    # By call: which rows the gradient reaches, of the first sample and of the last.
+    used: list[dict[int, Tensor]] = [{}, {}]
     whole = output.detach().new_zeros(output.shape).reshape(n, -1)
     weights = torch.randn(whole.shape[1], generator=torch.Generator().manual_seed(0)).to(whole)
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from hvpfast.capture.attention import projections
+from hvpfast.capture.elementwise import Elementwise, elementwise
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
-from hvpfast.capture.rows import UNKNOWN, rows_of, shared_tables
+from hvpfast.capture.rows import UNKNOWN, mixes_samples, rows_of, shared_tables
 from hvpfast.capture.sites import TIED, Site, site_of
 
 # Layers whose first axis is the batch by definition.
@@ -92,6 +93,14 @@ class Tape:
             for call, spread in list(shared_tables(self, self._model, nodes, n)):
                 call.weight = call.bias = None
                 self._append(spread, spread.edge.node)
+            if not mixes_samples(self._model):
+                taken = {id(p) for call in self.calls for p in (call.weight, call.bias)}
+                for one in elementwise(nodes, leaves, taken, n):
+                    axes = len(one.shape) - 1
+                    call = Call(
+                        self._name(one), one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, n, axes
+                    )
+                    self._append(call, one.node)
         doubtful: set[int] = set()
         counts = {id(p): 0 for p in params}
         kinds: dict[int, set[str]] = {}
@@ -109,6 +118,10 @@ class Tape:
             if (call.samples != n or number in self.rows.scattered) if strict else (number in self.rows.shared):
                 doubtful.update(mine)
         return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]
+
+    def _name(self, one: Elementwise) -> str:
+        p = one.bias if one.weight is None else one.weight
+        return next((name for name, q in self._model.named_parameters() if q is p), "")
 
     def _append(self, call: Call, node: Node) -> None:
         self.calls.append(call)

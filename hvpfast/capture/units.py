@@ -90,7 +90,7 @@ def units_of(tape: Tape, names: Sequence[str], params: Sequence[Tensor], covered
     owner = {id(p): name for name, p in zip(names, params, strict=True)}
     rules = {id(p) for p, own in zip(params, covered, strict=True) if own}
     units: list[Unit] = []
-    loose: dict[tuple[str, bool], list[Tensor]] = {}
+    loose: dict[str, list[tuple[Tensor, bool]]] = {}
     done: set[int] = set()
     for p, own in zip(params, covered, strict=True):
         if id(p) in done:
@@ -98,13 +98,14 @@ def units_of(tape: Tape, names: Sequence[str], params: Sequence[Tensor], covered
         uses = {i: c for i, c in calls.items() if c.weight is p or c.bias is p}
         kinds = {c.normal.kind for c in uses.values()}
         if not own or "scale" in kinds or kinds == TIED:
-            loose.setdefault((owner[id(p)].rpartition(".")[0], own), []).append(p)
+            loose.setdefault(owner[id(p)].rpartition(".")[0], []).append((p, own))
             continue
         partner = _partner(p, uses, calls, rules)
         weight, bias = (p, partner) if any(c.weight is p for c in uses.values()) else (partner, p)
         units.append(_linear_unit(weight, bias, uses, owner))
         done.update(id(x) for x in (weight, bias) if x is not None)
-    for (module, own), mine in loose.items():
+    for module, pairs in loose.items():
+        mine, own = [p for p, _ in pairs], all(own for _, own in pairs)
         numbers = tuple(i for i, c in calls.items() if own and any(c.weight is p or c.bias is p for p in mine))
         units.append(Unit(module, tuple(owner[id(p)] for p in mine), None, numbers, own))
     place = {name: i for i, name in enumerate(names)}
