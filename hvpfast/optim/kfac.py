@@ -182,10 +182,12 @@ class KFACPreconditioner:
         return self._steps % self.inv_update_steps == 0
 
     def _arrived(self, run: Pass, number: int, grad: Tensor) -> None:
+        if number not in run.by_call:
+            return
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             if not run.seen:
                 self._begin(run)
-            for unit in run.by_call.get(number, ()):
+            for unit in run.by_call[number]:
                 self._layer(unit).collect(run, number, grad)
 
     def _begin(self, run: Pass) -> None:
