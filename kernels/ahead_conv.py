@@ -16,7 +16,7 @@ def _variants(key: str, form: str, tile: Tile) -> tuple[str, ...]:
     if form == "patches" or key.endswith("-odd"):
         return ("odd",)
     if key == "exact":
-        return ("even", "ragged") if tile.side > 16 else ("even",)
+        return ("even", "ragged") if tile.side > 64 else ("even",)
     return ("even", "odd") if key == "ieee" else ("even",)
 
 
@@ -25,9 +25,9 @@ def _conv_cases() -> Iterator[Case]:
     for key, table in conv_gram.TILES.items():
         product = key.removesuffix("-odd")
         dtype = DTYPE[product]
-        if product == "bf16" and key != product:
+        if product == "bf16":  # the tiles of bf16x3, with a third of its products
             continue
-        gathered = [] if key != product or product == "bf16" else [("patches", conv_gram.GATHERED[product])]
+        gathered = [] if key != product else [("patches", conv_gram.GATHERED[product])]
         for form, tile in (*(("boxes", tile) for _, tile in table), *gathered):
             constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk}
             constants |= {"GATHER": form == "patches", "FIELDS": conv_gram.FIELDS}
@@ -39,37 +39,23 @@ def _conv_cases() -> Iterator[Case]:
                     f"conv-{form}", dtype, label(product, tile, variant), conv_gram._tiles_kernel,
                     {"x_ptr": POINTERS[dtype], **types}, constants | flags, where, tile, cores,
                 )  # fmt: skip
-    for dtype in ("bf16", "fp32"):
-        tile, pointers = conv_gram.LANES, {"x_ptr": POINTERS[dtype], **types, "out_ptr": "*fp32", "factor": "fp32"}
-        constants = {"AXES": 2, "FIELDS": conv_gram.FIELDS, "SIDE": tile.side, "DEPTH": tile.depth}
-        yield Case("conv-lanes", dtype, "even", conv_gram._lanes_kernel, pointers, constants, _STEPS, tile, False)
-        constants = {"AXES": 2, "FIELDS": conv_gram.FIELDS, "K2": 9} | {
-            "PIXELS": conv_gram.PIXELS,
-            "CHANNELS": conv_gram.CHANNELS,
-        }
-        yield Case(
-            "conv-offsets", dtype, "odd", conv_gram._offsets_kernel, pointers, constants, (), Tile(0, 0, 4, 3, 0), False
-        )
+    tile, pointers = conv_gram.LANES, {"x_ptr": "*fp32", **types, "out_ptr": "*fp32", "factor": "fp32"}
+    constants = {"AXES": 2, "FIELDS": conv_gram.FIELDS, "SIDE": tile.side, "DEPTH": tile.depth}
+    yield Case("conv-lanes", "fp32", "even", conv_gram._lanes_kernel, pointers, constants, _STEPS, tile, False)
+    plain = Tile(0, 0, 4, 3, 0)
+    constants = {"AXES": 2, "FIELDS": conv_gram.FIELDS, "K2": 9, "PIXELS": conv_gram.PIXELS}
+    constants |= {"CHANNELS": conv_gram.CHANNELS}
+    yield Case("conv-offsets", "fp32", "odd", conv_gram._offsets_kernel, pointers, constants, (), plain, False)
     pointers = dict.fromkeys(("part_ptr", "sums_ptr", "ones_ptr", "out_ptr"), "*fp32")
     pointers |= dict.fromkeys(("slots_ptr", "firsts_ptr", "sets_ptr"), "*i32")
     pointers |= dict.fromkeys(("count", "alpha", "beta"), "fp32")
-    plain = Tile(0, 0, 4, 3, 0)
-    for size in (conv_gram.LANES.side, 128**2):
-        constants = {"SIZE": size, "SUM": min(size, conv_gram.SUM)}
-        yield Case("conv-add", "fp32", str(size), conv_gram._add_kernel, pointers, constants, (), plain, False)
+    constants = {"SIZE": 128**2, "SUM": conv_gram.SUM}
+    yield Case("conv-add", "fp32", str(128**2), conv_gram._add_kernel, pointers, constants, (), plain, False)
     rows, columns = conv_gram.OUT
-    for lanes, kernel in ((False, 9), (False, 1), (True, 9)):
-        constants = {
-            "ADD": True,
-            "LANES": lanes,
-            "K2": kernel,
-            "SIDE": 64,
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "stride_oj": 1,
-        }
-        name = f"{'lanes' if lanes else 'tiles'}-{kernel}"
-        yield Case("conv-assemble", "fp32", name, conv_gram._assemble_kernel, pointers, constants, (), plain, False)
+    constants = {"ADD": True, "K2": 9, "SIDE": 64, "ROWS": rows, "COLUMNS": columns, "stride_oj": 1}
+    for name, lanes in (("tiles-9", False), ("lanes-9", True)):
+        flags = constants | {"LANES": lanes}
+        yield Case("conv-assemble", "fp32", name, conv_gram._assemble_kernel, pointers, flags, (), plain, False)
 
 
 MADE = (_conv_cases,)
