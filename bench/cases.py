@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
+from hvpfast.patches import geometry, patches
 from hvpfast.testing import make_inputs
 
 _SIZES = {"gram": "n i", "softmax_hvp": "n o k", "kron_apply": "i o k", "kron_solve": "i o k"}
 
 
 class Row(NamedTuple):
-    """One benchmark: an op at N samples, T positions, I and O features, K columns; convolutions have I channels on a
-    square of `side` pixels, a square `kernel` and `options` of (stride, padding, dilation, groups)."""
+    """One benchmark: an op at N samples, T positions, I and O features, K columns; convolutions have I channels on
+    `axes` axes of `side` pixels, a `kernel` of one size along all, and `options` of (stride, padding, dilation, groups)."""
 
     op: str
     n: int
@@ -32,13 +33,14 @@ class Row(NamedTuple):
     kernel: int = 0
     options: tuple[int, int, int, int] = (1, 0, 1, 1)
     layers: int = 0  # lists of so many layers; 0: single tensors
+    axes: int = 2
 
     @property
     def name(self) -> str:
         if self.op == "conv_gram":
             stride, padding, dilation, groups = self.options
             label = (
-                f"N={self.n} C={self.i} {self.side}x{self.side} kernel {self.kernel} stride {stride} padding {padding}"
+                f"N={self.n} C={self.i} {'x'.join([str(self.side)] * self.axes)} kernel {self.kernel} stride {stride} padding {padding}"
             )
             label += (f" dilation {dilation}" if dilation > 1 else "") + (f" groups {groups}" if groups > 1 else "")
             return f"{self.op} {label} {str(self.dtype).removeprefix('torch.')}"
@@ -81,9 +83,31 @@ _IMAGES = (
     (128, 64, 32, 3, (2, 1, 1, 1)),
     (64, 64, 16, 5, (1, 2, 1, 1)),
     (16, 3, 112, 7, (2, 3, 1, 1)),
+    (8, 3, 224, 7, (2, 3, 1, 1)),
     (64, 64, 16, 3, (1, 2, 2, 1)),
+    # depthwise, grouped
     (64, 128, 16, 3, (1, 1, 1, 128)),
+    (16, 144, 56, 3, (1, 1, 1, 144)),
+    (16, 64, 112, 3, (2, 1, 1, 64)),
+    (16, 480, 14, 5, (1, 2, 1, 480)),
+    (32, 960, 7, 3, (1, 1, 1, 960)),
     (64, 128, 16, 3, (1, 1, 1, 8)),
+    (16, 128, 56, 3, (1, 1, 1, 32)),
+    # kernel size 1
+    (64, 64, 32, 1, (1, 0, 1, 1)),
+    (64, 256, 14, 1, (1, 0, 1, 1)),
+    (64, 1024, 7, 1, (1, 0, 1, 1)),
+    (16, 24, 56, 1, (1, 0, 1, 1)),
+    (64, 128, 16, 1, (2, 0, 1, 1)),
+    # ResNet-18 on 32 x 32 pixels
+    (64, 3, 32, 3, (1, 1, 1, 1)),
+    (64, 64, 32, 3, (1, 1, 1, 1)),
+    (64, 64, 32, 3, (2, 1, 1, 1)),
+    (64, 128, 16, 3, (1, 1, 1, 1)),
+    (64, 128, 16, 3, (2, 1, 1, 1)),
+    (64, 256, 8, 3, (1, 1, 1, 1)),
+    (64, 256, 8, 3, (2, 1, 1, 1)),
+    (64, 512, 4, 3, (1, 1, 1, 1)),
 )
 
 ROWS: tuple[Row, ...] = (
@@ -94,6 +118,8 @@ ROWS: tuple[Row, ...] = (
     Row("gram", 4096, i=1024, dtype=torch.float64),
     *(Row("conv_gram", n, i=c, side=side, kernel=kernel, options=rest) for n, c, side, kernel, rest in _IMAGES),
     Row("conv_gram", 128, i=128, side=16, kernel=3, options=(1, 1, 1, 1), dtype=_half),
+    Row("conv_gram", 64, i=64, side=1024, kernel=5, options=(1, 2, 1, 1), axes=1),
+    Row("conv_gram", 8, i=32, side=16, kernel=3, options=(1, 1, 1, 1), axes=3),
     *(Row("sample_norms_squared", *pair) for pair in _PAIRS),
     Row("sample_norms_squared", 16, 128, 256, 1024, dtype=_half),
     Row("sample_norms_squared", 64, 64, 128, 128, 4),
@@ -125,9 +151,9 @@ def inputs(row: Row, device: str) -> tuple[tuple, dict]:
         return tuple(
             [x.reshape(x.shape[-2:]) for x in each] if isinstance(each[0], Tensor) else each[0] for each in args
         ), {}
-    x = torch.randn(row.n, row.i, row.side, row.side, generator=torch.Generator().manual_seed(0)).relu()
+    x = torch.randn(row.n, row.i, *[row.side] * row.axes, generator=torch.Generator().manual_seed(0)).relu()
     stride, padding, dilation, groups = row.options
-    width = row.i // groups * row.kernel**2
+    width = row.i // groups * row.kernel**row.axes
     out = torch.full((width, width) if groups == 1 else (groups, width, width), math.nan, device=device)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
     return (x.to(device, row.dtype), row.kernel), {**options, "out": out}
@@ -138,9 +164,9 @@ def work(row: Row) -> tuple[int, int]:
     n, t, i, o, k = row[1:6]
     if row.op == "conv_gram":  # as a Gram matrix of patches; the offset structure needs fewer, so 100 % can be passed
         stride, padding, dilation, groups = row.options
-        positions = ((row.side + 2 * padding - dilation * (row.kernel - 1) - 1) // stride + 1) ** 2
-        width = i // groups * row.kernel**2
-        moved = row.dtype.itemsize * n * i * row.side**2 + 4 * groups * width**2
+        positions = ((row.side + 2 * padding - dilation * (row.kernel - 1) - 1) // stride + 1) ** row.axes
+        width = i // groups * row.kernel**row.axes
+        moved = row.dtype.itemsize * n * i * row.side**row.axes + 4 * groups * width**2
         return groups * n * positions * width * (width + 1), moved
     size, m, wide = row.dtype.itemsize, row.n * row.k, max(row.dtype.itemsize, 4)
     pair = size * (n * t * i + m * t * o)
@@ -248,7 +274,12 @@ def _solve(v: Tensor, qg: Tensor, qa: Tensor, eigenvalues: Tensor, damping: floa
 
 def _unfold(product: Callable[[Tensor], Tensor]) -> Callable:
     def run(x, kernel, *, stride, padding, dilation, groups, out):
-        rows = F.unfold(x, kernel, dilation, padding, stride)  # (N, I, T)
+        if x.dim() == 4:
+            rows = F.unfold(x, kernel, dilation, padding, stride)  # (N, I, T)
+        elif x.dim() == 3:
+            rows = F.unfold(x[..., None, :], (1, kernel), dilation, (0, padding), stride)
+        else:  # torch's unfold takes images only
+            rows = patches(x, geometry(x.shape[2:], kernel, stride, padding, dilation)).flatten(2).mT
         factors = [product(part) for part in rows.chunk(groups, 1)]
         return factors[0] if groups == 1 else torch.stack(factors)
 
