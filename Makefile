@@ -66,7 +66,8 @@ $(VENV)/.installed-%: $(VENV)/.created $(INPUTS)
 	$(PIP) --no-build-isolation -e '.[$(EXTRAS)]'
 	@touch $@
 
-# The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, from a copy of the sources, and their tests.
+# The CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer, from a copy of the sources, and their tests. It is
+# `pytest`, not `python -m pytest`, which would put this directory, and with it the plain build, first.
 SANITIZE := -fsanitize=address,undefined
 sanitize: $(VENV)/.installed-test
 	rm -rf build/sanitize && mkdir -p build/sanitize/src
@@ -75,7 +76,8 @@ sanitize: $(VENV)/.installed-test
 	  HVPFAST_LDFLAGS='$(SANITIZE)' \
 	  $(PIP) --no-deps --no-build-isolation --target build/sanitize/site ./build/sanitize/src
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	  PYTHONPATH=build/sanitize/site $(BIN)/python -m pytest -q tests/kernels/test_cpu_*.py $(TEST_FLAGS)
+	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=build/sanitize/site \
+	  $(BIN)/pytest -q -n $(JOBS) tests/kernels/test_cpu_*.py $(TEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks kernels/*.so kernels/_build.json

@@ -39,9 +39,8 @@ class Row(NamedTuple):
     def name(self) -> str:
         if self.op == "conv_gram":
             stride, padding, dilation, groups = self.options
-            label = (
-                f"N={self.n} C={self.i} {'x'.join([str(self.side)] * self.axes)} kernel {self.kernel} stride {stride} padding {padding}"
-            )
+            image = "x".join([str(self.side)] * self.axes)
+            label = f"N={self.n} C={self.i} {image} kernel {self.kernel} stride {stride} padding {padding}"
             label += (f" dilation {dilation}" if dilation > 1 else "") + (f" groups {groups}" if groups > 1 else "")
             return f"{self.op} {label} {str(self.dtype).removeprefix('torch.')}"
         sizes = _SIZES.get(self.op, "n t i o k").split()

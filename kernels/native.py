@@ -283,7 +283,7 @@ def _cpu_convolution_of(shape, kernel_size, stride, padding, dilation, groups) -
     ]
     channels, positions, offsets = shape[1] // groups, math.prod(axis[5] for axis in axes), math.prod(kernel)
     slower = None  # measured on two threads of a 2-core AVX-512 + AMX machine, 2026-11-21
-    if shape[0] * positions < 64 and channels * offsets >= 96:
+    if shape[0] * positions < 64 and channels * offsets >= 96 and offsets > 1:
         slower = "fewer than 64 patches of 96 features or more: both write the result, and little else is to do"
     return _Convolution(
         ((1, 1, 1, 1, 0, 1),) * (3 - dims) + tuple(axes), channels, positions, channels * offsets, slower
@@ -316,10 +316,15 @@ def cpu_conv_gram(
         if max(steps) > 1 and max(axis[4] for axis in axes) == 0:  # the pixels that are seen, side by side
             x = x[(slice(None), slice(None), *(slice(None, None, step) for step in steps))].contiguous()
             axes = _cpu_convolution(x.shape, 1)[0]
-    _modules["cpu"].conv_gram(
-        x.data_ptr(), _CPU_DTYPES[x.dtype], x.shape[0], groups, channels, axes, x.stride(), alpha, beta,
-        out.data_ptr(), out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(), _cpu_conv_form,
-    )  # fmt: skip
+    few = features == channels >= 96 and x.shape[0] * positions < 64 and groups == 1 and not _cpu_conv_form
+    if few and all(axis[2] == 1 and axis[4] == 0 for axis in axes):  # writing the result is most of it, as in `gram`
+        rows, block = x.movedim(1, -1).reshape(-1, channels).to(wide), out[:channels, :channels]
+        torch.addmm(block, rows.T, rows, beta=beta, alpha=alpha, out=block)
+    else:
+        _modules["cpu"].conv_gram(
+            x.data_ptr(), _CPU_DTYPES[x.dtype], x.shape[0], groups, channels, axes, x.stride(), alpha, beta,
+            out.data_ptr(), out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(), _cpu_conv_form,
+        )  # fmt: skip
     if ones_column:
         blocks = out if groups > 1 else out[None]
         totals = _cpu_patch_sums(x.sum(0, dtype=wide), axes, 1).view(groups, features).mul_(alpha)
@@ -345,24 +350,23 @@ def _cpu_patch_sums(image: torch.Tensor, axes, lead: int) -> torch.Tensor:
     return image.flatten()
 
 
-def cpu_conv_gram_supports(
-    x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
-    out=None, alpha=1.0, beta=0.0, precision="auto",
-) -> str | None:  # fmt: skip
+def cpu_conv_gram_supports(x, kernel_size, **_) -> str | None:  # every name spelt out costs a call 30 ns
     if x.dtype not in _CPU_DTYPES:
         return _cpu_dtype_reason("x", x)
     return "x is empty" if x.numel() == 0 else None
 
 
 def cpu_conv_gram_worthwhile(
-    x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, ones_column=False, kfac_approx="expand",
-    out=None, alpha=1.0, beta=0.0, precision="auto",
-) -> str | None:  # fmt: skip
+    x, kernel_size, *, stride=1, padding=0, dilation=1, groups=1, kfac_approx="expand", **_
+) -> str | None:
     if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
         return _CPU_PORTABLE
     if kfac_approx == "reduce":
         return None
-    return _cpu_convolution(x.shape, kernel_size, stride, padding, dilation, groups)[4]
+    try:
+        return _cpu_convolution_kept(x.shape, kernel_size, stride, padding, dilation, groups).slower
+    except TypeError:
+        return _cpu_convolution_of(x.shape, kernel_size, stride, padding, dilation, groups).slower
 
 
 # CUDA C++ kernels -----------------------------------------------------------------------------------------------------

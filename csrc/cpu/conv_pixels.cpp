@@ -7,6 +7,11 @@
 #include "workspace.hpp"
 
 namespace hvpfast {
+namespace {
+
+constexpr int64_t kTail = 256;  // values of a channel
+
+}  // namespace
 
 template <class T>
 bool conv_has_pixels(const Convolution& x, int64_t lanes) {
@@ -32,35 +37,44 @@ void conv_by_pixels(const Convolution& x, double alpha, double beta, const Group
 
     parallel(threads, [&](int thread, int count) {
         int64_t right[16], at[16];
-        for (int64_t c = 0; c < cc; ++c) right[c] = c * x.channel_stride, at[c] = c * lanes;
+        alignas(64) T tail[16 * kTail];  // what is left of samples whose pixels do not fill vectors, sample after sample
+        for (int64_t c = 0; c < cc; ++c) at[c] = c * lanes;
+        const auto multiply = [&](const T* from, int64_t channel_stride, const int64_t extent[4], const int64_t step[4], T* to) {
+            for (int64_t a = 0; a < cc; a += 4) {  // on and right of the diagonal
+                for (int64_t c = a; c < cc; ++c) right[c] = (c - a) * channel_stride;
+                kernels.products(from + a * channel_stride, least(4, cc - a), channel_stride, right + a, cc - a, extent, step, to + a * cc * lanes,
+                                 cc * lanes, at + a);
+            }
+        };
         const auto add = [&](int64_t group, int64_t first, int64_t last, T* to) {
             const T* const base = static_cast<const T*>(x.data) + group * cc * x.channel_stride;
             for (int64_t v = 0; v < whole; v += run) {
                 const int64_t extent[4] = {1, 1, last - first, least(run, whole - v)}, step[4] = {0, 0, x.batch_stride, lanes};
-                const T* const from = base + first * x.batch_stride + v * lanes;
-                for (int64_t a = 0; a < cc; a += 4) {  // on and right of the diagonal
-                    const int64_t n = least(4, cc - a);
-                    for (int64_t c = a; c < cc; ++c) right[c] = (c - a) * x.channel_stride;
-                    kernels.products(from + a * x.channel_stride, n, x.channel_stride, right + a, cc - a, extent, step, to + a * cc * lanes,
-                                     cc * lanes, at + a);
-                }
+                multiply(base + first * x.batch_stride + v * lanes, x.channel_stride, extent, step, to);
             }
-            for (int64_t n = first; n < last && whole * lanes < pixels; ++n)
-                for (int64_t a = 0; a < cc; ++a)
-                    for (int64_t b = a; b < cc; ++b) {
-                        const T* const left = base + n * x.batch_stride + a * x.channel_stride;
-                        const T* const other = base + n * x.batch_stride + b * x.channel_stride;
-                        T* const sum = to + (a * cc + b) * lanes;
-                        for (int64_t q = whole * lanes; q < pixels; ++q) sum[q - whole * lanes] += left[q] * other[q];
-                    }
+            const int64_t rest = pixels - whole * lanes;
+            int64_t filled = 0;
+            for (int64_t n = first; n < last && rest > 0; ++n) {
+                for (int64_t c = 0; c < cc; ++c)
+                    std::memcpy(tail + c * kTail + filled, base + n * x.batch_stride + c * x.channel_stride + whole * lanes, size_t(rest) * sizeof(T));
+                filled += rest;
+                if (n + 1 < last && filled + rest <= kTail) continue;
+                const int64_t vectors = ceil_div(filled, lanes), extent[4] = {1, 1, 1, vectors}, step[4] = {0, 0, 0, lanes};
+                for (int64_t c = 0; c < cc; ++c)
+                    for (int64_t q = filled; q < vectors * lanes; ++q) tail[c * kTail + q] = 0;
+                multiply(tail, kTail, extent, step, to);
+                filled = 0;
+            }
         };
         const auto write = [&](int64_t group, const T* from) {
             T* const base = static_cast<T*>(out.data) + group * out.group_stride;
             for (int64_t a = 0; a < cc; ++a)
                 for (int64_t b = a; b < cc; ++b) {
-                    double sum = 0;
-                    for (int64_t l = 0; l < lanes; ++l) sum += double(from[(a * cc + b) * lanes + l]);
-                    const T value = T(alpha * sum);
+                    T sums_of_lanes[16];
+                    std::memcpy(sums_of_lanes, from + (a * cc + b) * lanes, size_t(lanes) * sizeof(T));
+                    for (int64_t half = lanes / 2; half > 0; half /= 2)
+                        for (int64_t l = 0; l < half; ++l) sums_of_lanes[l] += sums_of_lanes[l + half];
+                    const T value = T(alpha * double(sums_of_lanes[0]));
                     T& upper = base[a * out.row_stride + b * out.col_stride];
                     T& lower = base[b * out.row_stride + a * out.col_stride];
                     upper = beta == 0 ? value : T(beta) * upper + value;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -64,23 +65,33 @@ def _check_conv_gram(
 ):  # fmt: skip
     if not real(x):
         floats("conv_gram", x=x)
-    shape = tuple(x.shape)
+    asked = (x.shape, kernel_size, stride, padding, dilation, groups, kfac_approx)
+    try:  # torch.jit.trace's sizes are tensors, and are not remembered
+        width = _remembered_width(*asked) if torch._C._get_tracing_state() is None else _conv_width(*asked)
+    except TypeError:  # a list among them, or a symbol of torch.compile's
+        width = _conv_width(*asked)
+    if out is not None:
+        width = width + bool(ones_column)
+        output("conv_gram", out, (width, width) if groups == 1 else (groups, width, width), x)
+    elif beta != 0:
+        raise ValueError(f"conv_gram: beta is {beta} but there is no out to scale; pass out=, or leave beta at 0")
+
+
+def _conv_width(shape, kernel_size, stride, padding, dilation, groups, kfac_approx) -> int:
+    """Features of a patch of one group."""
     if len(shape) not in (3, 4, 5):
-        raise ValueError(
-            f"conv_gram: x has shape {tuple(x.shape)}; it must be (N, C, *spatial) with 1 to 3 spatial axes"
-        )
+        raise ValueError(f"conv_gram: x has shape {tuple(shape)}; it must be (N, C, *spatial) with 1 to 3 spatial axes")
     if groups < 1 or shape[1] % groups:
         raise ValueError(
-            f"conv_gram: x has {x.shape[1]} channels and groups is {groups}; groups must divide the channels"
+            f"conv_gram: x has {shape[1]} channels and groups is {groups}; groups must divide the channels"
         )
     if kfac_approx not in ("expand", "reduce"):
         raise ValueError(f"conv_gram: kfac_approx is {kfac_approx!r}; it must be 'expand' or 'reduce'")
     kernel = geometry(shape[2:], kernel_size, stride, padding, dilation).kernel
-    if out is not None:
-        width = shape[1] // groups * math.prod(kernel) + bool(ones_column)
-        output("conv_gram", out, (width, width) if groups == 1 else (groups, width, width), x)
-    elif beta != 0:
-        raise ValueError(f"conv_gram: beta is {beta} but there is no out to scale; pass out=, or leave beta at 0")
+    return shape[1] // groups * math.prod(kernel)
+
+
+_remembered_width = functools.lru_cache(1024)(_conv_width)
 
 
 @op(check=_check_conv_gram, backends=("cpu", "triton"))
