@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import timeit
 
 import pytest
@@ -56,3 +57,36 @@ def bench_overhead(benchmark, quick, name, backend):
     benchmark.pedantic(op, args, kwargs, rounds=rounds, iterations=calls)
     if not quick:
         assert overhead <= MOST, f"{name}: a call costs {overhead:.2f} us over the plain function"
+
+
+def bench_alternation(benchmark, quick):
+    """torch's product and ours in turns take what each takes in a row: both use one pool of threads."""
+    n, d = (64, 16) if quick else (1024, 256)
+    x, own, theirs = torch.randn(n, d), torch.empty(d, d), torch.empty(d, d)
+
+    def ours():
+        dispatch.OPS["gram"](x, out=own)
+
+    def torchs():
+        torch.mm(x.T, x, out=theirs)
+
+    def both():
+        torchs()
+        ours()
+
+    calls, rounds = (5, 3) if quick else (200, 15)
+    times = {call: [] for call in (torchs, ours, both)}
+    for _ in range(rounds):
+        for call, found in times.items():
+            found.append(1e6 * timeit.timeit(call, number=calls) / calls)
+    extra = [turns - first - second for first, second, turns in zip(*times.values(), strict=True)]
+    parts = statistics.median(times[torchs]) + statistics.median(times[ours])
+    benchmark.group = "dispatch"
+    benchmark.extra_info.update(
+        suite="dispatch",
+        case=f"torch mm and gram in turns, N={n} I={d}",
+        contestant="both",
+        overhead_us=statistics.median(extra),
+        limit_us=0.05 * parts,
+    )
+    benchmark.pedantic(both, rounds=rounds, iterations=calls)

@@ -43,6 +43,15 @@ def alike(x: Tensor, y: Tensor) -> bool:
     )
 
 
+def usual(*tensors: Tensor) -> bool:
+    """Whether all are plain floating CPU tensors of one dtype: found out without a reason, since it is asked on every call."""
+    dtype = tensors[0].dtype if type(tensors[0]) is Tensor else None
+    for x in tensors:
+        if type(x) is not Tensor or x.dtype is not dtype or not x.is_cpu:
+            return False
+    return dtype.is_floating_point
+
+
 def real(x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 

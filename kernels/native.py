@@ -170,13 +170,16 @@ def cpu_rotated_second_moment(a, g, qa, qg, *, out=None, precision="auto"):
 
 
 def cpu_rotated_second_moment_supports(a, g, qa, qg, *, out=None, precision="auto") -> str | None:
-    return cpu_second_moment_supports(a, g, out=out, precision=precision)
+    return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
 
 
 def cpu_rotated_second_moment_worthwhile(a, g, qa, qg, *, out=None, precision="auto") -> str | None:
-    if a.dtype is torch.bfloat16 and (a.shape[1] == 1 or a.shape[1] >= 256):
+    if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
+        return _CPU_PORTABLE
+    t = a.shape[1]
+    if (t == 1 or t >= 256) and (a.dtype is torch.bfloat16 or not _cpu_uses_amx(a, precision)):
         return _CPU_PLAIN_PRODUCT
-    return cpu_second_moment_worthwhile(a, g, out=out, precision=precision)
+    return None
 
 
 def cpu_sample_gram(a, g, a2=None, g2=None, *, precision="auto"):

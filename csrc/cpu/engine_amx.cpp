@@ -155,6 +155,27 @@ void pack_across(const float* p, int64_t apart, int n, char* a, char* b, Split& 
     }
 }
 
+// The same for bfloat16, 32 neighbours of which are a left tile's row of 64 bytes.
+void pack_across_half(const uint16_t* p, int64_t apart, int n, char* a, char* b, Split& seen) {
+    const __m512i top = _mm512_set1_epi32(int(0xffff0000u));
+    __m512i rows[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; ++j) {
+        rows[j] = j < n ? _mm512_loadu_si512(p + j * apart) : _mm512_setzero_si512();
+        const __m512i odd = _mm512_and_si512(rows[j], top);
+        seen.largest = _mm512_max_epu32(seen.largest, _mm512_slli_epi32(rows[j], 17));
+        seen.largest = _mm512_max_epu32(seen.largest, _mm512_add_epi32(odd, odd));
+    }
+    if (a != nullptr)
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) _mm512_storeu_si512(a + r * 64, rows[r]);
+    if (b != nullptr) {
+        transpose16(rows);
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; ++r) _mm512_storeu_si512(b + r * 64, rows[r]);
+    }
+}
+
 template <int PARTS>
 void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* left, void* right, PackStats* stats) {
     const int64_t first = p * kPanel;
@@ -170,8 +191,8 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
         const int rows = int(least(kGroup, k - k0));
         int64_t offset[32];
         for (int r = 0; r < rows; ++r) offset[r] = cursor.next(x);
-        const bool across = x.dtype == Dtype::f32 && x.inner_stride == 1 && x.col_stride != 1 && rows == 32 &&
-                            offset[31] - offset[0] == 31;
+        const bool run = x.inner_stride == 1 && x.col_stride != 1 && rows == 32 && offset[31] - offset[0] == 31;
+        const bool across = run && x.dtype == Dtype::f32, across_half = run && PARTS == 1 && x.dtype == Dtype::bf16;
         for (int s = 0; s < strips; ++s) {
             const int n = int(most(0, least(16, x.cols - first - 16 * s)));
             const int64_t feature = first + 16 * s;
@@ -180,6 +201,11 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
                 pack_across<PARTS>(static_cast<const float*>(x.data) + offset[0] + feature * x.col_stride, x.col_stride, n,
                                    a == nullptr ? nullptr : a + at, b == nullptr ? nullptr : b + at, seen[s],
                                    stats == nullptr || stats->low_squares == nullptr ? nullptr : stats->low_squares + 16 * s);
+                continue;
+            }
+            if (across_half && !(ones && n < 16)) {
+                pack_across_half(static_cast<const uint16_t*>(x.data) + offset[0] + feature * x.col_stride, x.col_stride, n,
+                                 a == nullptr ? nullptr : a + at, b == nullptr ? nullptr : b + at, seen[s]);
                 continue;
             }
             __m512i high[16], low[16];

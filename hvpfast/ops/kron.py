@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hvpfast.arguments import floats
+from hvpfast.arguments import floats, usual
 from hvpfast.dispatch import op
 from hvpfast.ops.shared import wide
 
@@ -35,7 +35,18 @@ def _check_kron(name: str, v: Tensor, left: tuple[str, Tensor], right: tuple[str
             )
 
 
+def _squares(shape: tuple[int, ...], left: Tensor, right: Tensor) -> bool:
+    """Whether left and right fit a v of this shape."""
+    return (
+        (len(shape) == 2 or len(shape) == 3)
+        and left.shape == (shape[-2], shape[-2])
+        and right.shape == (shape[-1], shape[-1])
+    )
+
+
 def _check_kron_apply(left, v, right):
+    if type(v) is Tensor and usual(v, left, right) and _squares(v.shape, left, right):
+        return
     for layer in _each_layer("kron_apply", left=left, v=v, right=right):
         _check_kron("kron_apply", layer["v"], ("left", layer["left"]), ("right", layer["right"]))
 
@@ -58,6 +69,10 @@ def kron_apply(
 
 
 def _check_kron_solve(v, qg, qa, eigenvalues, damping):
+    if type(v) is Tensor and type(damping) is float and usual(v, qg, qa, eigenvalues):
+        shape = v.shape
+        if _squares(shape, qg, qa) and eigenvalues.shape == shape[-2:]:
+            return
     for layer in _each_layer("kron_solve", v=v, qg=qg, qa=qa, eigenvalues=eigenvalues):
         x, values = layer["v"], layer["eigenvalues"]
         _check_kron("kron_solve", x, ("qg", layer["qg"]), ("qa", layer["qa"]))

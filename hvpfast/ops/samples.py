@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvpfast.arguments import accumulate_dtype, alike, floats, output
+from hvpfast.arguments import accumulate_dtype, alike, floats, output, usual
 from hvpfast.dispatch import op
 from hvpfast.ops.shared import columns, pair, repeat, wide
 
@@ -53,7 +53,7 @@ def sample_norms_squared(a: Tensor, g: Tensor) -> Tensor:
     t, i, o = a.shape[1], a.shape[2], g.shape[2]
     a, g = wide(a), wide(g)
     if t == 1:
-        return repeat(a, g).square().sum((1, 2)) * g.square().sum((1, 2))
+        return (a @ a.mT).flatten().repeat(columns(a, g)) * (g @ g.mT).flatten()
     by_gram = t * (i + o) < 2 * i * o
     norms = []
     for rows in _row_chunks(g.shape[0], t * t if by_gram else i * o):
@@ -179,9 +179,14 @@ def _square(name: str, label: str, q: Tensor, size: int, like: Tensor) -> None:
 
 
 def _check_rotated_second_moment(a, g, qa, qg, *, out=None):
-    pair("rotated_second_moment", a, g)
-    _square("rotated_second_moment", "qa", qa, a.shape[2], a)
-    _square("rotated_second_moment", "qg", qg, g.shape[2], a)
+    plain = usual(a, g, qa, qg) and len(a.shape) == len(g.shape) == 3
+    if plain:
+        (n, t, i), (m, positions, o) = a.shape, g.shape
+        plain = n > 0 and m % n == 0 and t == positions and qa.shape == (i, i) and qg.shape == (o, o)
+    if not plain:
+        pair("rotated_second_moment", a, g)
+        _square("rotated_second_moment", "qa", qa, a.shape[2], a)
+        _square("rotated_second_moment", "qg", qg, g.shape[2], a)
     if out is not None:
         output("rotated_second_moment", out, (g.shape[2], a.shape[2]), a)
 

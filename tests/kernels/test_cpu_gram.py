@@ -125,3 +125,12 @@ def test_long_sums_stay_accurate():
     for dtype in (torch.float32, torch.bfloat16):
         check(draw((50000, 33), dtype), "ieee")
         check(draw((50000, 33), dtype), "bf16x3")
+
+
+def test_more_than_two_to_the_31_values():
+    """One row of +-1, expanded: nothing is stored, and the sums are whole numbers."""
+    row = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).sign()
+    rows = (1 << 26) + 32
+    with tiers.threads(2):
+        found = ops.gram.on("cpu")(row.expand(rows, 32))
+    assert torch.equal(found, rows * row.T @ row)

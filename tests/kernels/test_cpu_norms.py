@@ -69,3 +69,12 @@ def test_the_same_bits_every_time(tier):
                 first = ops.sample_norms_squared.on("cpu")(*args)
                 assert all(torch.equal(first, ops.sample_norms_squared.on("cpu")(*args)) for _ in range(3))
                 assert_accurate(first, ops.sample_norms_squared, *args, precision="bf16x3")
+
+
+def test_more_than_two_to_the_31_values():
+    a = torch.randn(1, 1, 1024, generator=torch.Generator().manual_seed(0)).expand((1 << 21) + 3, 1, 1024)
+    g = torch.ones(a.shape[0], 1, 1)
+    g[-1] = 3
+    found = ops.sample_norms_squared.on("cpu")(a, g)
+    truth = a[0].double().square().sum() * g[:, 0, 0].double().square()
+    assert float((found - truth).abs().max()) <= 1e-6 * float(truth.max())
