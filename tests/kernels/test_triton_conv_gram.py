@@ -133,7 +133,7 @@ def test_boxes_cover_each_pair_of_pixels_once(shape, how):
 
 def test_3x3_takes_13_shifts_and_29_boxes():
     axes, *_ = convolution((8, 64, 32, 32), 3, 1, 1, 1, 1)
-    boxes, sets, blocks = conv_plan.boxes_of(axes)
+    boxes, _, blocks = conv_plan.boxes_of(axes)
     assert len({box.delta for box in boxes}) == 13 and len(boxes) == 29 and len(blocks) == 45
 
 
