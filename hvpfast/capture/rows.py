@@ -31,6 +31,7 @@ class Rows(NamedTuple):
 
 
 UNKNOWN = Rows(frozenset(), frozenset())
+_MOST_PROBES = 8
 _known: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Rows]] = weakref.WeakKeyDictionary()
 
 
@@ -66,16 +67,19 @@ def shared_tables(tape: Tape, model: nn.Module, nodes: Iterable[Node], n: int) -
 def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows:
     """What the calls behind `output`, N samples in order, do with their rows.
 
-    Two backward passes, of the first and of the last sample, that keep one bit a row; once for a model and a pattern of
-    calls (their layers, and which of their axes are as long as the batch).
+    Two backward passes, of the first and of the last sample that the output depends on anything for, that keep one bit a
+    row; once for a model and a pattern of calls (their layers, and which of their axes are as long as the batch).
     """
     if n < 2 or not output.numel() or mixes_samples(model):
         return UNKNOWN  # one sample shares nothing; batch statistics mix samples everywhere, by design
     pattern = pattern_of(tape, n)
     known = _known.setdefault(model, {}) if model is not None else {}
-    if pattern not in known:
-        known[pattern] = _probe(tape, output, n)
-    return known[pattern]
+    if pattern in known:
+        return known[pattern]
+    rows, sure = _probe(tape, output, n)
+    if sure:
+        known[pattern] = rows
+    return rows
 
 
 def mixes_samples(model: nn.Module | None) -> bool:
@@ -93,30 +97,37 @@ def pattern_of(tape: Tape, n: int) -> tuple:
     )
 
 
-def _probe(tape: Tape, output: Tensor, n: int) -> Rows:
+def _probe(tape: Tape, output: Tensor, n: int) -> tuple[Rows, bool]:
+    """The verdict, and whether two samples told of it: those whose loss is constant (an ignored target) tell nothing."""
     last = last_calls(tape, output)
-    # By call: which rows the gradient reaches, of the first sample and of the last.
-    used: list[dict[int, Tensor]] = [{}, {}]
     whole = output.detach().new_zeros(output.shape).reshape(n, -1)
     weights = torch.randn(whole.shape[1], generator=torch.Generator().manual_seed(0)).to(whole)
-
-    for sample, seen in zip((0, n - 1), used, strict=True):
+    used: dict[int, dict[int, Tensor]] = {}  # by sample and call: the rows that the gradient reaches
+    for sample in sorted(range(n), key=lambda i: min(i, n - 1 - i))[:_MOST_PROBES]:
+        seen: dict[int, Tensor] = {}
 
         def arrived(number: int, grad: Tensor, seen: dict[int, Tensor] = seen) -> None:
             axes = tape.calls[number].row_axes
             if axes is not None:
-                seen[number] = (grad != 0).flatten(axes).any(-1)
+                seen[number] = (grad != 0).flatten(axes).any(-1).reshape(-1)
 
         u = whole.clone()
         u[sample] = weights
         pull_back(tape, output, u.reshape(output.shape), last, arrived, retain=True)
+        if any(bool(rows.any()) for rows in seen.values()):
+            used[sample] = seen
+        if len(used) == 2:
+            break
 
     scattered, shared = set(), set()
-    for number, first in used[0].items():
-        other = used[1].get(number, torch.zeros_like(first))
+    for sample, seen in used.items():
+        for number, rows in seen.items():
+            part = rows.numel() // n
+            own = slice(sample * part, (sample + 1) * part)
+            if rows.numel() % n or bool(rows.sum() > rows[own].sum()):
+                scattered.add(number)
+    for number in set.intersection(*(set(seen) for seen in used.values())) if len(used) == 2 else ():
+        first, other = (seen[number] for seen in used.values())
         if bool((first & other).any()):
             shared.add(number)
-        part = first.numel() // n
-        if first.numel() % n or bool(first.reshape(-1)[part:].any()) or bool(other.reshape(-1)[:-part].any()):
-            scattered.add(number)
-    return Rows(frozenset(scattered), frozenset(shared))
+    return Rows(frozenset(scattered), frozenset(shared)), len(used) == 2

@@ -173,3 +173,12 @@ def test_forward_only_of_a_norm_layer_is_the_mean_square_of_what_it_scales():
         axes = x.dim() - layer.weight.dim()
         truth = layer(x).detach().square().flatten(0, axes - 1).mean(0)  # weights are 1, biases 0
         assert relative(foof.to_dense().diagonal(), truth.reshape(-1)) < 1e-12
+
+
+def test_samples_without_a_gradient_tell_nothing():
+    """Ignored targets at both ends of a batch, seen first: the rest is asked, and a batch that told nothing is not kept."""
+    loss, x = nn.CrossEntropyLoss(ignore_index=-1), torch.randint(0, 7, (TOKENS, TOKENS))
+    model, targets = Queries(), [torch.tensor(y) for y in ([-1, 0, -1, -1, -1], [-1, 1, 2, 0, -1], [0, 1, 2, 0, 1])]
+    for y in targets:
+        rows = own_gradients(model, loss, x, y).nan_to_num()  # a batch of one ignored target has the loss 0 / 0
+        assert relative(hf.per_sample_grad_norms(model, loss, (x, y)), rows.norm(dim=1)) < 1e-12
