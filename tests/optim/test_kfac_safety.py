@@ -272,7 +272,9 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "error", "message"), ARGUMENTS, ids=[str(a[0]) for a in ARGUMENTS])
+@pytest.mark.parametrize(
+    ("options", "error", "message"), ARGUMENTS, ids=[f"{i}-{next(iter(a[0]))}" for i, a in enumerate(ARGUMENTS)]
+)
 def test_arguments_out_of_range(options, error, message):
     with pytest.raises(error, match=message):
         KFACPreconditioner(net(), **options)
