@@ -11,6 +11,7 @@ from cases import (
     INTERPRETED_SIZES,
     LARGE,
     LEFT_OUT,
+    PATCHED,
     SIZES,
     TRUTHS,
     VARIANTS,
@@ -66,7 +67,10 @@ def holds(name: str, backend: str, size: Size, dtype: torch.dtype, layout: str, 
     Also held: nothing is written but the result, `out` is what is returned, and a second call gives the same bits.
     """
     op, ran = dispatch.OPS[name], 0
-    for variant in VARIANTS.get(name, ({},)):
+    variants = VARIANTS.get(name, ({},))
+    if name in PATCHED and interpreted(backend):  # every variant in some layout of every dtype, one in each
+        variants = [variants[(LAYOUTS.index(layout) + DTYPES.index(dtype)) % len(variants)]]
+    for variant in variants:
         args, kwargs = make_inputs(
             name, **size._asdict(), dtype=dtype, device=device_of(backend), layout=layout, seed=size.t
         )
@@ -97,7 +101,7 @@ def holds(name: str, backend: str, size: Size, dtype: torch.dtype, layout: str, 
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
 def test_against_the_reference(name, backend, dtype, layout):
     running(name, backend)
-    thorough = not interpreted(backend) or (dtype is torch.float32 and layout == "contiguous")
+    thorough = not interpreted(backend) or (dtype is torch.float32 and layout == "contiguous" and name not in PATCHED)
     holds_all(name, backend, SIZES if thorough else INTERPRETED_SIZES, dtype, layout)
 
 
