@@ -52,7 +52,10 @@ def elementwise(nodes: Iterable[Node], leaves: dict[Node, Tensor], taken: set[in
                 if place == 0 or node._saved_alpha == 1:
                     yield Elementwise(None, p, node, p.detach(), _normal(p.detach(), shape, own), shape)
                 continue
-            other = node._saved_other if place == 0 else node._saved_self
+            try:
+                other = node._saved_other if place == 0 else node._saved_self
+            except RuntimeError:  # changed in place since: the backward pass says so
+                continue
             if isinstance(other, Tensor) and other.dtype is p.dtype:
                 yield Elementwise(p, None, node, other.detach(), _normal(other.detach(), shape, own), shape)
 

@@ -29,6 +29,9 @@ def preserved(model: nn.Module) -> Iterator[None]:
     under `torch.no_grad()` or `torch.inference_mode()`. Inside, buffers are copies: a graph made there does not see the
     originals' versions, and nothing has to be written back. Embeddings have their true gradients inside, dense and not
     scaled by frequency (`sparse=True`, `scale_grad_by_freq=True` are about optimisers, not about the loss).
+
+    Raises:
+        StateError: an activation that a gradient needs was changed in place (autograd's own error, with what to do).
     """
     modules = list(model.modules())
     modes = [(module, module.training) for module in modules]
@@ -50,6 +53,13 @@ def preserved(model: nn.Module) -> Iterator[None]:
                     copies.setdefault(id(tensor), tensor.detach().clone().requires_grad_(tensor.requires_grad))
                     module._buffers[name] = copies[id(tensor)]
             yield
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise StateError(
+            f"an activation of {type(model).__name__} was changed in place after an operation had kept it for its "
+            f"gradient: replace the in-place operation in the model's forward. ({str(error).split('. Hint')[0]})"
+        ) from error
     finally:
         _measuring -= 1
         for module, training in modes:

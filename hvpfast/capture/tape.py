@@ -93,8 +93,8 @@ class Tape:
             for call, spread in list(shared_tables(self, self._model, nodes, n)):
                 call.weight = call.bias = None
                 self._append(spread, spread.edge.node)
-            if not mixes_samples(self._model):
-                taken = {id(p) for call in self.calls for p in (call.weight, call.bias)}
+            taken = {id(p) for call in self.calls for p in (call.weight, call.bias)}
+            if not all(id(p) in taken for p in params) and not mixes_samples(self._model):
                 for one in elementwise(nodes, leaves, taken, n):
                     axes = len(one.shape) - 1
                     call = Call(

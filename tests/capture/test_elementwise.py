@@ -107,13 +107,59 @@ def test_blocks_are_the_exact_ones(approx):
     assert relative(kfac.to_dense(), truth.to_dense()) < 1e-10
 
 
+class ScaledWeight(nn.Module):
+    """A scale of a weight's columns, as many rows as samples: with activations normalised by the batch."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.first, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+        self.weight, self.loose = nn.Parameter(torch.randn(n, WIDTH)), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        return self.norm(self.first(x)) @ (self.loose * self.weight).T
+
+
 def test_batch_statistics_leave_them_to_autograd():
-    """Where samples mix, nothing tells a product of weights from one with activations."""
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 3))
-    model.register_parameter("loose", nn.Parameter(torch.ones(WIDTH)))
-    preconditioner = hf.optim.KFACPreconditioner(model, damping=0.1)
-    x, y = torch.randn(6, WIDTH), torch.arange(6) % 3
-    loss = F.cross_entropy(model(x * 1.0), y) + 0 * model.loose.sum()
-    loss.backward()
-    preconditioner.step()
-    assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    """Where samples mix, nothing tells a product of weights from one with activations: plain gradients, and a warning."""
+    n = 6
+    model, x, y = ScaledWeight(n), torch.randn(n, WIDTH), torch.arange(n)
+    preconditioner = hf.optim.KFACPreconditioner(model, damping=0.1, kl_clip=None)
+    with pytest.warns(UserWarning, match="loose"):
+        F.cross_entropy(model(x), y).backward()
+        plain = {name: p.grad.clone() for name, p in model.named_parameters()}
+        preconditioner.step()
+    assert torch.equal(model.loose.grad, plain["loose"]) and torch.equal(model.weight.grad, plain["weight"])
+    assert relative(model.first.weight.grad, plain["first.weight"]) > 0.1  # a layer with a rule is preconditioned
+
+
+class ChangedAfterUse(nn.Module):
+    """A scale whose input is changed in place after it; `late`: the change hits what a tanh kept."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.inner, self.head, self.late = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3), late
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        h = self.inner(x)
+        h = torch.tanh(h) if self.late else h
+        scaled = self.scale * h
+        h.add_(1)
+        return self.head(torch.tanh(scaled) + h)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_activations_changed_in_place_are_refused_by_every_quantity(late):
+    model, loss, batch = ChangedAfterUse(late), nn.CrossEntropyLoss(), (torch.randn(5, WIDTH), torch.arange(5) % 3)
+    for ask in (
+        lambda: hf.per_sample_grads(model, loss, batch),
+        lambda: hf.clipped_grad(model, loss, batch, max_norm=1.0),
+        lambda: hf.KFAC(model, loss, batch).trace(),
+        lambda: hf.EKFAC(model, loss, batch, fisher_type="type-2").trace(),
+        lambda: hf.GGN(model, loss, batch).to_dense(),
+        lambda: hf.Hessian(model, loss, batch).to_dense(),
+        lambda: hf.EmpiricalFisher(model, loss, batch).to_dense(),
+        lambda: hf.optim.natural_gradient(model, loss, batch, damping=0.1),
+    ):
+        with pytest.raises(hf.StateError, match="changed in place"):
+            ask()
