@@ -191,6 +191,19 @@ def softmax_times(rows: int, classes: int, columns: int) -> Iterator[Timed]:
     yield from op_times("softmax_hvp", group, (logits, v), 3 * v.numel(), size, modes)
 
 
+def krylov_times(count: int, length: int) -> Iterator[Timed]:
+    """reorthogonalize; its floor reads the basis three times, twice being needed and once to spare the cache."""
+    w = torch.randn(length, device=DEVICE)
+    basis = torch.randn(count, length, device=DEVICE).div_(length**0.5)  # as good as orthonormal, for the time
+    reference = dispatch.OPS["reorthogonalize"].reference
+    group, flops, size = f"reorthogonalize k={count} n={length}", 8 * count * length, 4 * length * (3 * count + 4)
+    yield Timed(group, "reference fp32", lambda: reference(w, basis), flops, size, "fp32")
+    for backend in BACKENDS:
+        run = on("reorthogonalize", backend, "auto", w, basis)
+        if run is not None:
+            yield Timed(group, f"{backend} fp32", run, flops, size, "fp32")
+
+
 def kron_times(op: str, layers: int, features: int) -> Iterator[Timed]:
     def draw() -> list[Tensor]:
         return [torch.randn(features, features, device=DEVICE) / features**0.5 for _ in range(layers)]
@@ -216,6 +229,7 @@ ALL: tuple[tuple[Callable, tuple], ...] = (
     (softmax_times, ((3, 20, 2),) if REHEARSAL else (
         (4096, 128 * 1024, 1), (8192, 1000, 4), (262144, 10, 1), (16, 128 * 1024, 1),
     )),
+    (krylov_times, ((3, 40),) if REHEARSAL else ((8, 1 << 26), (64, 1 << 24), (400, 1 << 21))),
     (kron_times, tuple((op, 2, 20) for op in ("kron_apply", "kron_solve")) if REHEARSAL else tuple(
         (op, 48, features) for op in ("kron_apply", "kron_solve") for features in (256, 1024)
     )),

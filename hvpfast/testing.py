@@ -19,6 +19,11 @@ _WORST_ELEMENT = 4
 LAYOUTS = ("contiguous", "strided", "transposed", "offset")
 
 
+def pieces(result) -> list[Tensor]:
+    """The tensors of what an op returned: one, or those of a tuple or list."""
+    return [result] if isinstance(result, Tensor) else [x for part in result for x in pieces(part)]
+
+
 def error(actual: Tensor, truth: Tensor) -> tuple[float, float]:
     """Relative errors of `actual`: in the Frobenius norm, and of the worst element against the largest one.
 
@@ -37,16 +42,17 @@ def error(actual: Tensor, truth: Tensor) -> tuple[float, float]:
 
 
 def assert_accurate(
-    actual: Tensor, reference: Callable, *args, precision: str = "ieee", allowance: float = 8.0, **kwargs
+    actual, reference: Callable, *args, precision: str = "ieee", allowance: float = 8.0, **kwargs
 ) -> None:
     """Raise AssertionError unless a kernel's result is as accurate as its reference in the working dtype may be.
 
     The truth is the reference on float64 copies of the arguments. The result passes if, in both measures of `error`,
-    `err(actual) <= 3 err(reference in the working dtype) + allowance * eps`, eps being that of the dtype summed in;
-    for a reduced `precision` and float32 data the stated bound of that precision is added (four times for one element).
+    `err(actual) <= 3 err(reference in the working dtype) + allowance * eps`, eps being that of the dtype that such arguments are
+    summed in; for a reduced `precision` and float32 data its stated bound is added (four times for one element).
 
     Args:
-        actual: what the kernel returned. reference: an `Op` (its reference is taken) or a function.
+        actual: what the kernel returned; each tensor of a tuple is held. reference: an `Op` (its reference is taken) or a
+            function.
         args, kwargs: the arguments that the kernel got; `out` must hold what it held before the call.
         precision: "ieee", "bf16x3" or "bf16", the one in which the kernel ran.
     """
@@ -55,18 +61,24 @@ def assert_accurate(
     with torch.no_grad():
         truth = function(*_converted(args, torch.float64), **_converted(kwargs, torch.float64))
         working = function(*_converted(args, None), **_converted(kwargs, None))
+    eps = torch.finfo(ops.accumulate_dtype(dtype)).eps
+    extra = STATED_BOUND.get(precision, 0.0) if dtype is torch.float32 else 0.0
+    for found, exact, rounded in zip(*(pieces(x) for x in (actual, truth, working)), strict=True):
+        _hold(found, exact, rounded, dtype, allowance * eps, extra)
+
+
+def _hold(actual: Tensor, truth: Tensor, working: Tensor, dtype: torch.dtype, floor: float, extra: float) -> None:
     if actual.shape != truth.shape:
         raise AssertionError(f"got shape {tuple(actual.shape)}, the reference gives {tuple(truth.shape)}")
     if actual.dtype != working.dtype:
         raise AssertionError(f"got {actual.dtype}, the reference gives {working.dtype}")
-    extra = STATED_BOUND.get(precision, 0.0) if dtype is torch.float32 else 0.0
     for measure, times, got, own in zip(
         ("Frobenius", "largest element"), (1, _WORST_ELEMENT), error(actual, truth), error(working, truth), strict=True
     ):
-        floor = allowance * torch.finfo(working.dtype).eps + times * extra
-        if not got <= 3 * own + floor:
+        most = floor + times * extra
+        if not got <= 3 * own + most:
             raise AssertionError(
-                f"relative error ({measure}) {got:.3e} exceeds 3 x {own:.3e} (the reference's own in {dtype}) + {floor:.1e}"
+                f"relative error ({measure}) {got:.3e} exceeds 3 x {own:.3e} (the reference's own in {dtype}) + {most:.1e}"
             )
 
 
@@ -125,6 +137,11 @@ def make_inputs(
         a[:, :, : i // 2].clamp_(min=0)
         return laid_out(a.to(dtype).to(device), layout), draw(k * n, t, o)
 
+    def krylov() -> tuple[tuple, dict]:
+        length = n * t * i
+        basis = torch.randn(length, min(o + k, length // 2), generator=generator, dtype=torch.float64)
+        return (draw(length), laid_out(torch.linalg.qr(basis)[0].T.to(dtype).to(device), layout)), {}
+
     wide = ops.accumulate_dtype(dtype)
     recipes: dict[str, Callable[[], tuple[tuple, dict]]] = {
         "gram": lambda: ((draw(n, t, i),), {}),
@@ -139,6 +156,7 @@ def make_inputs(
         "kron_apply": lambda: ((draw(o, o), draw(k, o, i), draw(i, i)), {}),
         "kron_solve": lambda: ((draw(k, o, i), draw(o, o), draw(i, i), draw(o, i).square(), 0.5), {}),
         "softmax_hvp": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t)}),
+        "reorthogonalize": krylov,
     }
     if name not in recipes:
         raise ValueError(f"make_inputs: no recipe for {name!r}; add one beside those for {', '.join(recipes)}")

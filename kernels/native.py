@@ -1,4 +1,4 @@
-"""Launchers of the compiled kernels (`_cpu`, `_cuda`): they check, allocate, and hand over pointers and strides."""
+"""Launchers of the compiled kernels for the CPU (`_cpu`): they check, allocate, and hand over pointers and strides."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from typing import NamedTuple
 
 import torch
 from hvpfast.kernels.extensions import _load, _modules, _openmp_reason, build_report, missing  # noqa: F401 (re-exported)
+from hvpfast.kernels.native_cuda import (  # noqa: F401 (re-exported: dispatch looks here)
+    cuda_gram,
+    cuda_gram_supports,
+    cuda_gram_worthwhile,
+    cuda_reorthogonalize,
+    cuda_reorthogonalize_supports,
+    cuda_reorthogonalize_worthwhile,
+)
 
 # C++ kernels for the CPU ----------------------------------------------------------------------------------------------
 
@@ -370,50 +378,3 @@ def cpu_conv_gram_worthwhile(
         return _cpu_convolution_kept(x.shape, kernel_size, stride, padding, dilation, groups).slower
     except TypeError:
         return _cpu_convolution_of(x.shape, kernel_size, stride, padding, dilation, groups).slower
-
-
-# CUDA C++ kernels -----------------------------------------------------------------------------------------------------
-
-_CUDA_DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}
-
-
-def cuda_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
-    if x.dtype not in _CUDA_DTYPES:
-        return f"x is {x.dtype}; the kernel reads float32, bfloat16 and float16 and sums in float32"
-    if not x.is_cuda:
-        return f"x is on {x.device.type}; the kernel reads the memory of a CUDA device"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
-        return "the device's compute capability is below 8.0"
-    if out is not None and x.numel() and x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr():
-        return "out shares memory with x"
-    return None
-
-
-def cuda_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
-    return "not yet measured on a GPU, so Triton's kernel is taken before it"
-
-
-def cuda_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto"):
-    """See `hvpfast.ops.gram`. float32 data are multiplied in full under every precision."""
-    width = x.shape[-1]
-    rows = x.reshape(x.shape[:-1].numel(), width)
-    if out is None:
-        out = x.new_empty((width + bool(ones_column),) * 2, dtype=torch.float32)
-    if not out.numel():
-        return out
-    module = _load("cuda")
-    blocks = max(1, -(-width // module.gram_tile()))
-    splits = _cuda_splits(blocks * (blocks + 1) // 2, len(rows), x.device)
-    workspace = x.new_empty(module.gram_workspace(width, bool(ones_column), splits), dtype=torch.float32)
-    module.gram(
-        rows.data_ptr(), _CUDA_DTYPES[x.dtype], len(rows), width, *rows.stride(), out.data_ptr(), *out.stride(),
-        alpha, beta, bool(ones_column), workspace.data_ptr(), splits, x.device.index or 0,
-        torch.cuda.current_stream(x.device).cuda_stream,
-    )  # fmt: skip
-    return out
-
-
-def _cuda_splits(tiles: int, rows: int, device: torch.device) -> int:
-    """Ranges of rows: enough blocks for two waves of the device, each of at least 1024 rows."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // tiles, rows // 1024, 64))

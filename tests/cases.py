@@ -63,6 +63,7 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         {"alpha": -2.0, "beta": 1.0, "ones_column": True},
         {"alpha": 0.5},
     ),
+    "reorthogonalize": ({}, {"normalize": True}),
     "conv_gram": (
         {},
         {"ones_column": True, "alpha": 0.25, "beta": 0.5},
@@ -207,6 +208,14 @@ def _softmax_hvp(logits, v, *, weight=None):
     return product
 
 
+def _reorthogonalize(w, basis, *, normalize=False):
+    """The projection that least squares find; the basis is orthonormal."""
+    rest = w - basis.T @ torch.linalg.lstsq(basis.T, w[:, None]).solution[:, 0] if len(basis) else w
+    norm = torch.tensor(math.hypot(*rest.tolist()), dtype=torch.float64)
+    coefficients = torch.stack([(row * w).sum() for row in basis]) if len(basis) else w.new_zeros(0)
+    return (rest / norm if normalize and norm > 0 else rest), coefficients, norm
+
+
 TRUTHS = {
     "gram": _gram,
     "conv_gram": _conv_gram,
@@ -220,4 +229,5 @@ TRUTHS = {
     "kron_apply": _kron_apply,
     "kron_solve": _kron_solve,
     "softmax_hvp": _softmax_hvp,
+    "reorthogonalize": _reorthogonalize,
 }

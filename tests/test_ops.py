@@ -22,7 +22,7 @@ from cases import (
 )
 
 from hvpfast import dispatch, ops
-from hvpfast.testing import LAYOUTS, STATED_BOUND, assert_accurate, error, laid_out, make_inputs
+from hvpfast.testing import LAYOUTS, STATED_BOUND, assert_accurate, error, laid_out, make_inputs, pieces
 
 IMPLEMENTATIONS = implementations()
 KERNELS = [(name, backend) for name, backend in IMPLEMENTATIONS if backend != "reference"]
@@ -87,7 +87,8 @@ def holds(name: str, backend: str, size: Size, dtype: torch.dtype, layout: str, 
                     assert result is kwargs["out"], "the result is not `out`"
                 for x, was in zip(tensors(args, kwargs), given, strict=True):
                     assert x is kwargs.get("out") or torch.equal(x, was), "an input was written to"
-                assert torch.equal(op.on(backend)(*args, **again), result), "a second call gave other bits"
+                twice = zip(pieces(op.on(backend)(*args, **again)), pieces(result), strict=True)
+                assert all(torch.equal(x, y) for x, y in twice), "a second call gave other bits"
                 bound = "bf16x3" if precision == "auto" else precision
                 assert_accurate(result, op, *args, precision=bound, **before)
             except AssertionError as wrong:
@@ -142,8 +143,9 @@ def test_the_reference_is_the_formula(name):
             before = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in kwargs.items()}
             truth = TRUTHS[name](*args, **before)
             got = dispatch.OPS[name].reference(*args, **kwargs)
-            assert got.shape == truth.shape, (size, variant)
-            assert max(error(got, truth)) < 1e-13, (size, variant)
+            for x, y in zip(pieces(got), pieces(truth), strict=True):
+                assert x.shape == y.shape, (size, variant)
+                assert max(error(x, y)) < 1e-13, (size, variant)
 
 
 def test_every_op_is_proven_and_has_inputs():
@@ -160,8 +162,9 @@ def test_results_are_wide_and_fresh(name):
     for dtype in DTYPES:
         args, kwargs = make_inputs(name, dtype=dtype)
         kwargs.pop("out", None)
-        result = dispatch.OPS[name](*args, **kwargs)
+        result, *others = pieces(dispatch.OPS[name](*args, **kwargs))
         assert result.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
+        assert all(x.dtype is torch.float64 for x in others)
         assert all(result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in tensors(args, {}))
 
 
@@ -221,15 +224,16 @@ def test_non_finite_input_shows(name, backend, value):
     op = running(name, backend)
     for t in (1, 3):
         args, kwargs = make_inputs(name, n=3, t=t, i=19, o=4, device=device_of(backend))
-        args[0][(1, 0, 2) if args[0].shape[0] > 1 and args[0].dim() == 3 else (..., 1, 2)] = value
+        pair = (1, 0, 2) if args[0].shape[0] > 1 and args[0].dim() == 3 else (..., 1, 2)
+        args[0][pair if args[0].dim() > 1 else 2] = value
         if "padding" in kwargs:
             kwargs["padding"] = 0  # a kernel may leave products with the padding's zeros out; the reference has 0 * NaN
         if (reason := dispatch.OPS[name].why_not(backend, *args, **kwargs)) is not None:
             pytest.skip(f"{backend}: {reason}")
-        exact = dispatch.OPS[name].reference(*args, **kwargs).clone()
-        assert name == "softmax_hvp" or not exact.isfinite().all()  # a logit of -inf is a class of no probability
-        got = op(*args, **kwargs)
-        assert torch.equal(got.isfinite(), exact.isfinite()), (t, backend)
+        exact = [x.clone() for x in pieces(dispatch.OPS[name].reference(*args, **kwargs))]
+        assert name == "softmax_hvp" or not exact[0].isfinite().all()  # a logit of -inf is a class of no probability
+        for x, y in zip(pieces(op(*args, **kwargs)), exact, strict=True):
+            assert torch.equal(x.isfinite(), y.isfinite()), (t, backend)
 
 
 # bad input ------------------------------------------------------------------------------------------------------------
@@ -294,6 +298,15 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("softmax_hvp", (A, A), {"weight": torch.zeros(4)}, ValueError, r"weight has shape \(4,\); it must be \(4, 2\)"),
     ("softmax_hvp", (A, A.half()), {}, TypeError, "logits is torch.float32 but v is torch.float16"),
     ("softmax_hvp", (A, A.to("meta")), {}, ValueError, "logits is on cpu but v is on meta"),
+    (
+        "reorthogonalize",
+        (A, A),
+        {},
+        ValueError,
+        r"w has shape \(4, 2, 5\) and basis \(4, 2, 5\); .* \(n,\) and \(k, n\)",
+    ),
+    ("reorthogonalize", (A[0, 0], V[:, :4]), {}, ValueError, r"w has shape \(5,\) and basis \(3, 4\)"),
+    ("reorthogonalize", (A[0, 0], V.double()), {}, TypeError, "w is torch.float32 but basis is torch.float64"),
     *(
         (name, (*pair, *THIRD.get(name, ())), {}, kind, f"{name}: {message}")
         for name in PAIRED

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "gram.hpp"
+#include "krylov.hpp"
 
 namespace py = pybind11;
 
@@ -19,6 +20,20 @@ void gram(uintptr_t x, int dtype, int64_t rows, int64_t width, int64_t stride_n,
                    reinterpret_cast<float*>(workspace), splits, device, stream});
 }
 
+void reorthogonalize(uintptr_t w, int dtype, int64_t length, int64_t stride_w, uintptr_t basis, int64_t count,
+                     int64_t stride_k, int64_t stride_n, uintptr_t rest, uintptr_t coefficients, uintptr_t norm,
+                     bool normalize, uintptr_t workspace, int blocks, int device, uintptr_t stream) {
+    if (length < 0 || count < 0 || blocks < 1) {
+        throw std::invalid_argument("reorthogonalize: length, count and blocks must be at least 0, 0 and 1");
+    }
+    py::gil_scoped_release release;
+    hvpfast::reorthogonalize({reinterpret_cast<const void*>(w), static_cast<hvpfast::Dtype>(dtype), length, stride_w,
+                              reinterpret_cast<const void*>(basis), count, stride_k, stride_n,
+                              reinterpret_cast<void*>(rest), reinterpret_cast<double*>(coefficients),
+                              reinterpret_cast<double*>(norm), normalize, reinterpret_cast<double*>(workspace), blocks,
+                              device, stream});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -30,4 +45,11 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("stride_d"), py::arg("out"), py::arg("out_stride_i"), py::arg("out_stride_j"), py::arg("alpha"),
           py::arg("beta"), py::arg("ones_column"), py::arg("workspace"), py::arg("splits"), py::arg("device"),
           py::arg("stream"), "out = beta out + alpha (x 1)'(x 1) on the given stream.");
+    m.def("krylov_chunk", &hvpfast::krylov_chunk, "Elements of a vector that a block takes at a time.");
+    m.def("reorthogonalize_workspace", &hvpfast::reorthogonalize_workspace, py::arg("count"), py::arg("blocks"),
+          "Doubles of workspace that reorthogonalize needs.");
+    m.def("reorthogonalize", &reorthogonalize, py::arg("w"), py::arg("dtype"), py::arg("length"), py::arg("stride_w"),
+          py::arg("basis"), py::arg("count"), py::arg("stride_k"), py::arg("stride_n"), py::arg("rest"),
+          py::arg("coefficients"), py::arg("norm"), py::arg("normalize"), py::arg("workspace"), py::arg("blocks"),
+          py::arg("device"), py::arg("stream"), "rest = w minus its part in the basis' rows, on the given stream.");
 }

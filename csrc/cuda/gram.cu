@@ -6,12 +6,11 @@
 // float32: fused multiply-adds, each thread 8 x 8. Tensor cores add with truncation, so a sum of theirs runs over kChunk
 // steps only, and is then added to a total that is rounded correctly.
 // Not yet measured on a GPU; a wgmma version for sm_90a is to stand beside partial_16.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <mma.h>
 
 #include "check.cuh"
 #include "gram.hpp"
+#include "widen.cuh"
 
 namespace hvpfast {
 namespace {
@@ -41,10 +40,6 @@ struct Rows {  // x and the range of rows that a block sums
     const T* x;
     int64_t stride_n, stride_d, width, first, last;
 };
-
-__device__ float widen(float x) { return x; }
-__device__ float widen(__half x) { return __half2float(x); }
-__device__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 // Copies rows [n, n + kRows) x columns [d, d + kTile) into tile (kRows, kPitch), zeros past the ends. VECTORS: 16 bytes at
 // a time, which needs unit stride_d, and width, stride_n and x's address divisible by 16 bytes.

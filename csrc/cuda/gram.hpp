@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace hvpfast {
+#include "dtype.hpp"
 
-enum class Dtype : int { float32 = 0, bfloat16 = 2, float16 = 3 };
+namespace hvpfast {
 
 struct GramArguments {
     const void* x;  // (rows, width), any strides

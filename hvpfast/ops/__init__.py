@@ -10,6 +10,7 @@ Every op accumulates in float32 (float64 for float64) and returns that dtype: 16
 from hvpfast.arguments import accumulate_dtype
 from hvpfast.ops.factors import conv_gram, gram
 from hvpfast.ops.kron import kron_apply, kron_solve
+from hvpfast.ops.krylov import reorthogonalize
 from hvpfast.ops.loss import softmax_hvp
 from hvpfast.ops.samples import (
     rotated_second_moment,

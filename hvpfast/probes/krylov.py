@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from hvpfast.ops import reorthogonalize
+
 from .product import Product, gaussian, norm, rotate_rows
 
 BREAKDOWN = 10  # a new direction shorter than BREAKDOWN * eps * ||A|| is rounding noise
@@ -51,14 +53,12 @@ class Basis:
         """Locked rows and basis span the whole space: the Ritz pairs are exact."""
         return self.locked + self.size == self.product.n
 
-    def _orthogonalise(self, w: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """w minus its part in the first `count` rows, and that part's coefficients (count,) float64 on the CPU."""
-        V = self.V[:count]
-        first = V @ w
-        w = torch.addmv(w, V.T, first, alpha=-1)
-        second = V @ w
-        w = torch.addmv(w, V.T, second, alpha=-1)
-        return w, (first.double() + second.double()).cpu()
+    def _orthogonalise(self, w: Tensor, count: int) -> tuple[Tensor, Tensor, float]:
+        """The unit vector of w's part orthogonal to the first `count` rows, w's coefficients in them (count,), float64 on
+        the CPU, and that part's norm. One wait for the device."""
+        unit, coefficients, length = reorthogonalize(w, self.V[:count], normalize=True)
+        numbers = torch.cat([coefficients, length[None]]).cpu()
+        return unit, numbers[:-1], float(numbers[-1])
 
     def draw(self, vector: Tensor | None = None) -> None:
         """Put a unit vector orthogonal to all rows in the next row: from `vector` if that can be, else a random one."""
@@ -69,11 +69,9 @@ class Basis:
                 self.draws += 1
             length = norm(vector)
             if length > 0:
-                rest, _ = self._orthogonalise(vector / length, count)
-                length = norm(rest)
+                unit, _, length = self._orthogonalise(vector / length, count)
                 if length > 100 * self.product.eps:
-                    rest, _ = self._orthogonalise(rest / length, count)
-                    self.V[count] = rest / norm(rest)
+                    self.V[count] = self._orthogonalise(unit, count)[0]
                     return
             vector = None
 
@@ -82,21 +80,21 @@ class Basis:
         product, m, count = self.product, self.size, self.locked + self.size + 1
         w = product(self.V[count - 1])
         self.scale = max(self.scale, norm(w))
-        w, coefficients = self._orthogonalise(w, count)
+        unit, coefficients, beta = self._orthogonalise(w, count)
         h = coefficients[self.locked :]
         if m:
             product.require_symmetric(float((h[:m] - self.expected).abs().max()), self.scale)
         self.H[: m + 1, m] = self.H[m, : m + 1] = h
         self.size = m + 1
         self.expected = torch.zeros(m + 1, dtype=torch.float64)
-        self.beta = norm(w)
+        self.beta = beta
         if self.exhausted or self.beta <= self.floor:
             self.beta = 0.0
             self.breakdowns += 1
             if not self.exhausted:
                 self.draw()
         else:
-            self.V[count] = w / self.beta
+            self.V[count] = unit
             self.expected[m] = self.beta
         self.log_betas += math.log(self.beta) if self.beta > 0 else -math.inf
 

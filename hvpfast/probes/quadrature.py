@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hvpfast.autocast import full_precision
+from hvpfast.ops import reorthogonalize
 
 from .krylov import BREAKDOWN
 from .product import COLUMNS, Bar, Product, column_dots, rademacher, require_count
@@ -214,10 +215,7 @@ def _recurrences(product: Product, V: Tensor, steps: int, orthogonalise: bool, b
             strays = []
             for row, probe in enumerate(going):
                 basis[probe, step] = v[row]
-                B = basis[probe, : step + 1]
-                stray = B @ w[row]
-                w[row] -= B.T @ stray
-                w[row] -= B.T @ (B @ w[row])
+                w[row], stray, _ = reorthogonalize(w[row], basis[probe, : step + 1])
                 strays.append(stray.abs().max())
             product.require_symmetric(float(torch.stack(strays).max()), float(scale.max()))
         beta = torch.linalg.vector_norm(w, dim=1, dtype=torch.float64).cpu()

@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hvpfast.kernels import native
+from hvpfast.kernels import native_cuda
 
 from hvpfast import dispatch, ops, testing
 
 
 def built():
-    module = native._load("cuda")
+    module = native_cuda._load("cuda")
     if isinstance(module, str):
         pytest.skip(f"hvpfast.kernels._cuda is {module}")
     return module
@@ -70,10 +70,9 @@ class FakeModule:
 @pytest.fixture
 def fake(monkeypatch):
     module = FakeModule()
-    monkeypatch.setattr(native, "_load", lambda device: module)
+    monkeypatch.setattr(native_cuda, "_load", lambda device: module)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=77))
-    properties = SimpleNamespace(multi_processor_count=8)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(native_cuda, "_processors", lambda device: 8)
     return module
 
 
@@ -83,18 +82,18 @@ def test_launcher_hands_over_pointers_and_strides(fake, shape, layout):
     x = testing.laid_out(torch.randn(shape, generator=torch.Generator().manual_seed(0)), layout)
     for ones_column in (False, True):
         width = shape[-1] + ones_column
-        testing.assert_accurate(native.cuda_gram(x, ones_column=ones_column), ops.gram, x, ones_column=ones_column)
+        testing.assert_accurate(native_cuda.cuda_gram(x, ones_column=ones_column), ops.gram, x, ones_column=ones_column)
         before = torch.randn(width, width).T
-        out = native.cuda_gram(x, out=before.clone(), alpha=0.5, beta=2.0, ones_column=ones_column)
+        out = native_cuda.cuda_gram(x, out=before.clone(), alpha=0.5, beta=2.0, ones_column=ones_column)
         testing.assert_accurate(out, ops.gram, x, out=before, alpha=0.5, beta=2.0, ones_column=ones_column)
     assert fake.stream == 77
     assert fake.splits == (2 if shape == (3000, 3) else 1)
 
 
 def test_it_says_what_it_cannot_do_and_leaves_the_choice_to_triton():
-    assert "float64" in native.cuda_gram_supports(torch.ones(2, 2, dtype=torch.float64))
-    assert "on cpu" in native.cuda_gram_supports(torch.ones(2, 2))
-    assert "not yet measured" in native.cuda_gram_worthwhile(torch.ones(2, 2))
+    assert "float64" in native_cuda.cuda_gram_supports(torch.ones(2, 2, dtype=torch.float64))
+    assert "on cpu" in native_cuda.cuda_gram_supports(torch.ones(2, 2))
+    assert "not yet measured" in native_cuda.cuda_gram_worthwhile(torch.ones(2, 2))
     assert "cuda" in ops.gram.backends and ops.gram.choose(torch.ones(2, 2)).backend != "cuda"
     with pytest.raises(dispatch.BackendError, match="'cuda' was asked for"):
         ops.gram.on("cuda")(torch.ones(2, 2))

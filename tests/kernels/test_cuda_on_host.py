@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hvpfast.kernels import native
+from hvpfast.kernels import native_cuda
 
 from hvpfast import ops, testing
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = re.compile(r"(\w+)<<<([^,]+), (\w+|dim3\([^)]*\)), 0, stream>>>\((.*?)\);", re.DOTALL)
+LAUNCHES = {"gram": 2, "krylov": 8}  # of each file
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,13 @@ def module(tmp_path_factory):
     if compiler is None:
         pytest.skip("there is no g++")
     folder, source = tmp_path_factory.mktemp("on_host"), ROOT / "csrc" / "cuda"
-    text, launches = LAUNCH.subn(r"launch(\2, \3, [=] { \1(\4); });", (source / "gram.cu").read_text())
-    assert launches == 2
-    (folder / "gram.cpp").write_text(text)
+    for name, count in LAUNCHES.items():
+        text, launches = LAUNCH.subn(r"launch(\2, \3, [=] { \1(\4); });", (source / f"{name}.cu").read_text())
+        assert launches == count == text.count("launch(")
+        (folder / f"{name}.cpp").write_text(text)
     includes = [Path(__file__).with_name("on_host"), source, pybind11.get_include(), sysconfig.get_path("include")]
     command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{path}" for path in includes), "-o", "_cuda.so"]
-    command += ["gram.cpp", str(source / "bindings.cpp"), "-lpthread"]
+    command += [*(f"{name}.cpp" for name in LAUNCHES), str(source / "bindings.cpp"), "-lpthread"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if "barrier" in done.stderr and "No such file" in done.stderr:
         pytest.skip("this g++ has no C++20 <barrier>")
@@ -43,22 +45,67 @@ def module(tmp_path_factory):
     return loaded
 
 
+@pytest.fixture
+def host(module, monkeypatch):
+    """The launchers with that module, and with fresh memory that holds NaN."""
+    monkeypatch.setattr(native_cuda, "_load", lambda device: module)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(native_cuda, "_processors", lambda device: 2)
+    fresh = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: fresh(x, *a, **k).fill_(math.nan))
+    return native_cuda
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "rows, width, splits, layout",
     [(0, 5, 1, "contiguous"), (3, 17, 2, "offset"), (70, 136, 3, "contiguous"), (70, 129, 1, "transposed")],
 )
-def test_gram(module, monkeypatch, rows, width, splits, layout, dtype):
-    monkeypatch.setattr(native, "_load", lambda device: module)
-    monkeypatch.setattr(native, "_cuda_splits", lambda *_: splits)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    fresh = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: fresh(x, *a, **k).fill_(math.nan))  # poisoned
+def test_gram(host, monkeypatch, rows, width, splits, layout, dtype):
+    monkeypatch.setattr(native_cuda, "_cuda_splits", lambda *_: splits)
     x = testing.laid_out(torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype), layout)
-    plain = native.cuda_gram(x)
+    plain = host.cuda_gram(x)
     testing.assert_accurate(plain, ops.gram, x)
     assert torch.equal(plain, plain.T)
     before = torch.randn(width + 1, width + 1, generator=torch.Generator().manual_seed(1))  # not symmetric
     blend = {"alpha": 0.3, "beta": 0.7, "ones_column": True}
-    out = native.cuda_gram(x, out=before.clone(), **blend)
+    out = host.cuda_gram(x, out=before.clone(), **blend)
     testing.assert_accurate(out, ops.gram, x, out=before, **blend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "length, count, layout",
+    [
+        (1, 0, "contiguous"),
+        (0, 0, "contiguous"),
+        (1536, 37, "contiguous"),  # rows on 16 bytes, more chunks than blocks, rows that do not divide by the warps
+        (300, 1, "offset"),
+        (257, 9, "transposed"),
+        (1030, 33, "strided"),
+    ],
+)
+def test_reorthogonalize(host, length, count, layout, dtype):
+    generator = torch.Generator().manual_seed(0)
+    w = testing.laid_out(torch.randn(length, generator=generator).to(dtype), layout)
+    basis = torch.linalg.qr(torch.randn(length, count, generator=generator, dtype=torch.float64))[0].T
+    basis = testing.laid_out(basis.to(dtype), layout)
+    given = w.clone(), basis.clone()
+    found = host.cuda_reorthogonalize(w, basis)
+    testing.assert_accurate(found, ops.reorthogonalize, w, basis)
+    unit, *numbers = host.cuda_reorthogonalize(w, basis, normalize=True)
+    testing.assert_accurate((unit, *numbers), ops.reorthogonalize, w, basis, normalize=True)
+    assert all(torch.equal(x, y) for x, y in zip(found[1:], numbers, strict=True))  # the same bits again
+    assert torch.equal(w, given[0]) and torch.equal(basis, given[1])
+
+
+def test_reorthogonalize_of_what_the_basis_spans_and_of_nan(host):
+    basis = torch.linalg.qr(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)))[0].T
+    combination = torch.tensor([3.0, -2.0, 0.5])
+    rest, coefficients, norm = host.cuda_reorthogonalize(combination @ basis, basis)
+    torch.testing.assert_close(coefficients, combination.double(), rtol=1e-6, atol=0)
+    assert norm < 1e-6  # what remains is rounding, and orthogonal all the same
+    assert (rest.double() @ basis.double().T).abs().max() < 1e-5 * norm
+    zero, _, norm = host.cuda_reorthogonalize(torch.zeros(40), basis, normalize=True)
+    assert norm == 0 and torch.equal(zero, torch.zeros(40))
+    assert all(x.isnan().all() for x in host.cuda_reorthogonalize(torch.full((40,), math.nan), basis, normalize=True))

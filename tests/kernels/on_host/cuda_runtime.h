@@ -5,6 +5,7 @@
 #include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -32,6 +33,22 @@ inline dim3 gridDim, blockDim;
 inline std::barrier<>* barrier_of_block;
 inline void __syncthreads() { barrier_of_block->arrive_and_wait(); }
 
+// A warp's exchange: each lane leaves its value, and reads another's once all have.
+struct Warp {
+    std::barrier<> barrier;
+    double values[32];
+};
+inline thread_local Warp* warp;
+inline thread_local unsigned lane_of_warp;
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned apart) {
+    warp->values[lane_of_warp] = static_cast<double>(value);
+    warp->barrier.arrive_and_wait();
+    const T other = lane_of_warp + apart < 32 ? static_cast<T>(warp->values[lane_of_warp + apart]) : value;
+    warp->barrier.arrive_and_wait();
+    return other;
+}
+
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -49,11 +66,15 @@ void launch(dim3 grid, dim3 block, Kernel kernel) {
         for (unsigned x = 0; x < grid.x; ++x) {
             std::barrier<> barrier(count);
             barrier_of_block = &barrier;
+            std::vector<std::unique_ptr<Warp>> warps;
+            for (unsigned w = 0; w < count; w += 32) warps.emplace_back(new Warp{std::barrier<>(min(32u, count - w)), {}});
             std::vector<std::thread> threads;
             for (unsigned t = 0; t < count; ++t) {
-                threads.emplace_back([&barrier, &kernel, block, x, y, t] {
+                threads.emplace_back([&barrier, &kernel, &warps, block, x, y, t] {
                     blockIdx = dim3(x, y), threadIdx = dim3(t % block.x, t / block.x);
+                    warp = warps[t / 32].get(), lane_of_warp = t % 32;
                     kernel();
+                    warp->barrier.arrive_and_drop();
                     barrier.arrive_and_drop();
                 });
             }

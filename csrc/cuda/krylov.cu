@@ -1,0 +1,265 @@
+// w minus its part in k orthonormal rows, twice (classical Gram-Schmidt), with coefficients and norm: V (k, n) is read three
+// times instead of four, w and the intermediate vectors once each, and no number leaves the device.
+//
+//   dots         c1 = V w                                   V read
+//   step, dots   w1 = w - V'c1,  c2 = V w1                  V read: a chunk of 256 columns again from the L2 cache
+//   step, norm   w2 = w1 - V'c2, |w2|^2                     V read
+//   scale        w2 / |w2|, if asked for
+//
+// Blocks sum chunks of columns in their order and leave float64 partial sums; `add_kernel` adds the blocks in theirs: the same
+// bits every time. All sums are float64 for every dtype: at two multiplications an element a GPU with half-rate float64 still
+// waits for memory. Not yet measured on a GPU.
+#include "check.cuh"
+#include "krylov.hpp"
+#include "widen.cuh"
+
+namespace hvpfast {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kChunk = 256;                        // columns a block takes at a time: 1 KB of a float32 row
+constexpr int kQuads = kChunk / 4;                 // threads side by side in a step, four columns each ...
+constexpr int kGroups = kThreads / kQuads;         // ... and groups of them, which share the rows
+constexpr int kTogether = 4;                       // rows whose loads are under way at once
+constexpr int kAddColumns = 32, kAddRows = 8;      // shape of a block of add_kernel
+
+template <typename T>
+struct Wide {
+    using type = float;
+};
+template <>
+struct Wide<double> {
+    using type = double;
+};
+
+template <typename T>
+struct Rows {
+    const T* at;
+    int64_t count, length, stride_k, stride_n;
+};
+
+template <typename T>
+struct alignas(sizeof(T) * 4 > 16 ? 16 : sizeof(T) * 4) Four {
+    T of[4];
+};
+
+// Columns first .. first + 3 of row k, zeros past the end. VECTORS: unit stride_n, and rows that begin on 16 bytes.
+template <bool VECTORS, typename T>
+__device__ void load(const Rows<T>& rows, int64_t k, int64_t first, double (&to)[4]) {
+    const T* from = rows.at + k * rows.stride_k + first * rows.stride_n;
+    if (VECTORS && first + 4 <= rows.length) {
+        const Four<T> four = *reinterpret_cast<const Four<T>*>(from);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) to[e] = static_cast<double>(widen(four.of[e]));
+        return;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+        to[e] = first + e < rows.length ? static_cast<double>(widen(from[e * rows.stride_n])) : 0.0;
+    }
+}
+
+// The sum over a warp, in lane 0.
+__device__ double over_warp(double x) {
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) x += __shfl_down_sync(0xffffffffu, x, apart);
+    return x;
+}
+
+// held (kChunk,) = w - V'c for the columns from `first` on, and into `rest`; zeros past the end.
+template <bool VECTORS, typename T, typename In, typename Out>
+__device__ void step(const Rows<T>& rows, const In* w, int64_t stride_w, const double* c, int64_t first, Out* rest,
+                     double* held) {
+    __shared__ double parts[kGroups][kChunk];
+    const int quad = threadIdx.x % kQuads, group = threadIdx.x / kQuads;
+    double sum[4] = {};
+#pragma unroll kTogether
+    for (int64_t k = group; k < rows.count; k += kGroups) {
+        double row[4];
+        load<VECTORS>(rows, k, first + 4 * quad, row);
+        const double factor = c[k];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] = fma(factor, row[e], sum[e]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) parts[group][4 * quad + e] = sum[e];
+    __syncthreads();
+    const int own = threadIdx.x;
+    double value = 0.0;
+    if (first + own < rows.length) {
+        double part = 0.0;
+        for (int g = 0; g < kGroups; ++g) part += parts[g][own];
+        const Out rounded = static_cast<Out>(static_cast<double>(widen(w[(first + own) * stride_w])) - part);
+        rest[first + own] = rounded;
+        value = static_cast<double>(rounded);
+    }
+    held[own] = value;
+    __syncthreads();
+}
+
+// dots (k,) (+)= V held over the columns from `first` on: a warp takes every kWarps-th row, so each dot has one owner.
+template <bool VECTORS, typename T>
+__device__ void dot(const Rows<T>& rows, const double* held, int64_t first, bool fresh, double* dots) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int64_t k = warp; k < rows.count; k += kTogether * kWarps) {
+        double sum[kTogether] = {};
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+            if (k + r * kWarps < rows.count) {
+#pragma unroll
+                for (int c = 4 * lane; c < kChunk; c += 128) {
+                    double row[4];
+                    load<VECTORS>(rows, k + r * kWarps, first + c, row);
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) sum[r] = fma(row[e], held[c + e], sum[r]);
+                }
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+            sum[r] = over_warp(sum[r]);
+            if (lane == 0 && k + r * kWarps < rows.count) {
+                double* place = dots + k + r * kWarps;
+                *place = fresh ? sum[r] : *place + sum[r];
+            }
+        }
+    }
+}
+
+enum class Pass { dots, step_dots, step_norm };
+
+// One pass over V. parts: (blocks, k) dot products, or (blocks,) squared norms of the rest.
+template <Pass PASS, bool VECTORS, typename T, typename In, typename Out>
+__global__ void __launch_bounds__(kThreads, 2)
+    pass_kernel(Rows<T> rows, const In* w, int64_t stride_w, const double* c, Out* rest, double* parts) {
+    __shared__ double held[kChunk];
+    __shared__ double of_warps[kWarps];
+    double squares = 0.0;
+    bool fresh = true;
+    const int64_t hop = static_cast<int64_t>(gridDim.x) * kChunk;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk; first < rows.length; first += hop) {
+        if constexpr (PASS == Pass::dots) {
+            const int64_t own = first + threadIdx.x;
+            held[threadIdx.x] = own < rows.length ? static_cast<double>(widen(w[own * stride_w])) : 0.0;
+            __syncthreads();
+        } else {
+            step<VECTORS>(rows, w, stride_w, c, first, rest, held);
+        }
+        if constexpr (PASS == Pass::step_norm) {
+            squares = fma(held[threadIdx.x], held[threadIdx.x], squares);
+        } else {
+            dot<VECTORS>(rows, held, first, fresh, parts + blockIdx.x * rows.count);
+            fresh = false;
+            __syncthreads();  // before `held` is written again
+        }
+    }
+    if constexpr (PASS == Pass::step_norm) {
+        squares = over_warp(squares);
+        if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = squares;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            double total = 0.0;
+            for (int i = 0; i < kWarps; ++i) total += of_warps[i];
+            parts[blockIdx.x] = total;
+        }
+    }
+}
+
+// sums (columns,) = the rows of parts (blocks, columns) in order; totals = before + sums where asked for; `root`: its root.
+__global__ void __launch_bounds__(kAddColumns* kAddRows)
+    add_kernel(const double* parts, int blocks, int64_t columns, bool root, double* sums, const double* before,
+               double* totals) {
+    __shared__ double lines[kAddRows][kAddColumns];
+    const int64_t column = static_cast<int64_t>(blockIdx.x) * kAddColumns + threadIdx.x;
+    double sum = 0.0;
+    if (column < columns) {
+#pragma unroll 8
+        for (int b = threadIdx.y; b < blocks; b += kAddRows) sum += parts[b * columns + column];
+    }
+    lines[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y != 0 || column >= columns) return;
+    for (int y = 1; y < kAddRows; ++y) sum += lines[y][threadIdx.x];
+    sums[column] = root ? sqrt(sum) : sum;
+    if (totals != nullptr) totals[column] = before[column] + sum;
+}
+
+template <typename Out>
+__global__ void __launch_bounds__(kThreads) scale_kernel(Out* x, int64_t length, const double* norm) {
+    const double divisor = *norm > 0.0 || *norm != *norm ? *norm : 1.0;  // a NaN stays one
+    const int64_t hop = static_cast<int64_t>(gridDim.x) * kThreads;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < length; i += hop) {
+        x[i] = static_cast<Out>(static_cast<double>(x[i]) / divisor);
+    }
+}
+
+template <bool VECTORS, typename T>
+void run(const ReorthogonalizeArguments& a, cudaStream_t stream) {
+    using Out = typename Wide<T>::type;
+    const Rows<T> rows{static_cast<const T*>(a.basis), a.count, a.length, a.stride_k, a.stride_n};
+    const T* w = static_cast<const T*>(a.w);
+    Out* rest = static_cast<Out*>(a.rest);
+    double *parts = a.workspace, *first = parts + a.blocks * (a.count > 0 ? a.count : 1), *second = first + a.count;
+    const dim3 lines(kAddColumns, kAddRows);
+    const double* none = nullptr;
+    double* nowhere = nullptr;
+    const auto add_blocks = static_cast<unsigned>((a.count + kAddColumns - 1) / kAddColumns);
+    if (a.count > 0) {
+        const auto dots = pass_kernel<Pass::dots, VECTORS, T, T, Out>;
+        const auto both = pass_kernel<Pass::step_dots, VECTORS, T, T, Out>;
+        const auto last = pass_kernel<Pass::step_norm, VECTORS, T, Out, Out>;
+        dots<<<a.blocks, kThreads, 0, stream>>>(rows, w, a.stride_w, none, rest, parts);
+        check(cudaGetLastError(), "reorthogonalize: the launch of the first products");
+        add_kernel<<<add_blocks, lines, 0, stream>>>(parts, a.blocks, a.count, false, first, none, nowhere);
+        check(cudaGetLastError(), "reorthogonalize: the launch of their sums");
+        both<<<a.blocks, kThreads, 0, stream>>>(rows, w, a.stride_w, first, rest, parts);
+        check(cudaGetLastError(), "reorthogonalize: the launch of the first step");
+        add_kernel<<<add_blocks, lines, 0, stream>>>(parts, a.blocks, a.count, false, second, first, a.coefficients);
+        check(cudaGetLastError(), "reorthogonalize: the launch of its sums");
+        last<<<a.blocks, kThreads, 0, stream>>>(rows, rest, 1, second, rest, parts);
+        check(cudaGetLastError(), "reorthogonalize: the launch of the second step");
+    } else {
+        const auto last = pass_kernel<Pass::step_norm, VECTORS, T, T, Out>;
+        last<<<a.blocks, kThreads, 0, stream>>>(rows, w, a.stride_w, none, rest, parts);
+        check(cudaGetLastError(), "reorthogonalize: the launch of the norm");
+    }
+    add_kernel<<<1, lines, 0, stream>>>(parts, a.blocks, 1, true, a.norm, none, nowhere);
+    check(cudaGetLastError(), "reorthogonalize: the launch of the norm's sum");
+    if (a.normalize) {
+        const auto scale = scale_kernel<Out>;
+        scale<<<a.blocks, kThreads, 0, stream>>>(rest, a.length, a.norm);
+        check(cudaGetLastError(), "reorthogonalize: the launch of the division");
+    }
+}
+
+template <typename T>
+void choose(const ReorthogonalizeArguments& a, cudaStream_t stream) {
+    const bool whole = a.stride_n == 1 && a.stride_k * static_cast<int64_t>(sizeof(T)) % 16 == 0;
+    if (whole && reinterpret_cast<uintptr_t>(a.basis) % 16 == 0) {
+        run<true, T>(a, stream);
+    } else {
+        run<false, T>(a, stream);
+    }
+}
+
+}  // namespace
+
+int krylov_chunk() { return kChunk; }
+
+int64_t reorthogonalize_workspace(int64_t count, int blocks) {
+    return blocks * (count > 0 ? count : 1) + 2 * count;
+}
+
+void reorthogonalize(const ReorthogonalizeArguments& a) {
+    const OnDevice guard(a.device);
+    const auto stream = reinterpret_cast<cudaStream_t>(a.stream);
+    switch (a.dtype) {
+        case Dtype::float32: choose<float>(a, stream); break;
+        case Dtype::float64: choose<double>(a, stream); break;
+        case Dtype::bfloat16: choose<__nv_bfloat16>(a, stream); break;
+        case Dtype::float16: choose<__half>(a, stream); break;
+        default: throw std::runtime_error("reorthogonalize: an unknown dtype code");
+    }
+}
+
+}  // namespace hvpfast
