@@ -189,6 +189,10 @@ def softmax_times(rows: int, classes: int, columns: int) -> Iterator[Timed]:
     modes = (("auto", 1),)
     group = f"softmax_hvp rows={rows} C={classes} K={columns}"
     yield from op_times("softmax_hvp", group, (logits, v), 3 * v.numel(), size, modes)
+    yield from op_times("softmax_root", group.replace("hvp", "root"), (logits, v), 3 * v.numel(), size, modes)
+    u = torch.rand(columns, rows, device=DEVICE)
+    size = 4 * (logits.numel() + v.numel())
+    yield from op_times("softmax_sample", group.replace("hvp", "sample"), (logits, u), v.numel(), size, modes)
 
 
 def krylov_times(count: int, length: int) -> Iterator[Timed]:

@@ -132,6 +132,9 @@ def make_inputs(
     def draw(*shape: int) -> Tensor:
         return laid_out(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device), layout)
 
+    def uniform(*shape: int) -> Tensor:
+        return laid_out(torch.rand(*shape, generator=generator, dtype=torch.float64).to(device), layout)
+
     def pair() -> tuple[Tensor, Tensor]:
         a = torch.randn(n, t, i, generator=generator, dtype=torch.float64)
         a[:, :, : i // 2].clamp_(min=0)
@@ -157,6 +160,8 @@ def make_inputs(
         "kron_solve": lambda: ((draw(k, o, i), draw(o, o), draw(i, i), draw(o, i).square(), 0.5), {}),
         "softmax_hvp": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t)}),
         "reorthogonalize": krylov,
+        "softmax_root": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t).abs_()}),
+        "softmax_sample": lambda: ((draw(n, t, o), uniform(k, n, t)), {"weight": draw(n, t).abs_()}),
     }
     if name not in recipes:
         raise ValueError(f"make_inputs: no recipe for {name!r}; add one beside those for {', '.join(recipes)}")

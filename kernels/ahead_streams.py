@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
-from . import softmax_hvp
+from . import softmax_hvp, softmax_sample
 from .ahead_case import POINTERS, Case
 from .tiles import Tile
+
+_PLAIN = Tile(0, 0, 4, 3, 0)
 
 
 def _softmax_cases() -> Iterator[Case]:
     floats = {"part_ptr": "*fp32", "out_ptr": "*fp32"}
     known = ("classes", "stride_xr", "stride_vk", "stride_vr", "stride_ok")
     unit = {"stride_xc": 1, "stride_vc": 1, "WEIGHTED": True}
-    for dtype in ("bf16", "fp32"):
+    kinds = (("root-", softmax_hvp.ROOT), ("", softmax_hvp.HESSIAN))
+    for dtype, (name, kind) in itertools.product(("bf16", "fp32"), kinds):
+        if name and dtype == "bf16":
+            continue
         types = dict.fromkeys(("x_ptr", "v_ptr", "weight_ptr"), POINTERS[dtype]) | floats
-        for block, warps in ((16, 4), (softmax_hvp.NARROW, 8)) if dtype == "fp32" else ((1024, 4),):
-            rows = {"ROWS": max(1, softmax_hvp.ELEMENTS // block), "BLOCK": block}
+        for block, warps in ((16, 4), (softmax_hvp.NARROW, 8))[bool(name) :] if dtype == "fp32" else ((1024, 4),):
+            rows = {"ROWS": max(1, softmax_hvp.ELEMENTS // block), "BLOCK": block, "KIND": kind}
             where = known if block > 16 else ()
             yield Case(
-                "softmax-rows", dtype, f"{block}-{warps}w", softmax_hvp._rows_kernel, types, unit | rows, where,
+                "softmax-rows", dtype, f"{name}{block}-{warps}w", softmax_hvp._rows_kernel, types, unit | rows, where,
                 Tile(0, 0, warps, 3, 0), False,
             )  # fmt: skip
         phases = (("both", True, True), ("find", True, False), ("write", False, True))
-        for phase, find, write in phases if dtype == "bf16" else phases[::2]:
+        for phase, find, write in phases[:1] if name else phases if dtype == "bf16" else phases[::2]:
             flags = {"FIND": find, "WRITE": write, "SPLITS": 1 if find and write else 64, "BLOCK": softmax_hvp.BLOCK}
             yield Case(
-                "softmax-wide", dtype, phase, softmax_hvp._wide_kernel, types, unit | flags, known,
-                Tile(0, 0, softmax_hvp.WARPS, 3, 0), False,
+                "softmax-wide", dtype, f"{name}{phase}", softmax_hvp._wide_kernel, types, unit | flags | {"KIND": kind},
+                known, Tile(0, 0, softmax_hvp.WARPS, 3, 0), False,
             )  # fmt: skip
 
 
-MADE = (_softmax_cases,)
+def _sample_cases() -> Iterator[Case]:
+    of = softmax_sample
+    types = dict.fromkeys(("x_ptr", "weight_ptr"), "*bf16") | dict.fromkeys(("u_ptr", "part_ptr", "whole_ptr"), "*fp64")
+    types |= {"label_ptr": "*i32", "out_ptr": "*fp32"}
+    unit = {"stride_xc": 1, "stride_ur": 1, "WEIGHTED": True, "BLOCK": of.BLOCK, "ROWS": 1, "STEPS": 128}
+    for name, function in (
+        ("rows", of._rows_kernel), ("tiles", of._tiles_kernel), ("labels", of._labels_kernel), ("write", of._write_kernel),
+    ):  # fmt: skip
+        known = ("classes", "stride_xr", "stride_uk", "stride_ok")
+        mine = {key: value for key, value in unit.items() if key in function.arg_names}
+        known = tuple(key for key in known if key in function.arg_names)
+        yield Case("softmax-sample", "bf16", name, function, types, mine, known, _PLAIN, False)
+
+
+MADE = (_softmax_cases, _sample_cases)

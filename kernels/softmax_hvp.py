@@ -1,4 +1,5 @@
-"""Hessian of softmax cross-entropy in the logits times vectors, weight (diag p - p p') v a row, in Triton, for any class count.
+"""Hessian of softmax cross-entropy in the logits times vectors, weight (diag p - p p') v a row, in Triton, for any class count;
+and its root diag(q) - p q', q = sqrt(p), and the root's transpose (`softmax_root.py`), which differ in what multiplies v.
 
 Up to NARROW classes a program owns whole rows: their softmax once, then vector after vector, everything read once. More
 classes: one pass finds a row's maximum m, sum of exp(x - m) and of exp(x - m) v (online, lane by lane, so that nothing waits
@@ -21,12 +22,14 @@ ELEMENTS = 2048  # of the narrow kernel's tile, at least
 BLOCK, WARPS = 2048, 8  # classes a step, and warps, of the wide one
 MOST_SPLITS = 64
 
+HESSIAN, ROOT, TRANSPOSE = 0, 1, 2  # what is multiplied with: p (v - p'v), q v - p (q'v), or q (v - p'v)
+
 
 @triton.jit
 def _rows_kernel(
     x_ptr, v_ptr, weight_ptr, out_ptr, rows, classes, k_all, k_each,
     stride_xr, stride_xc, stride_vk, stride_vr, stride_vc, stride_wr, stride_ok,
-    WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WEIGHTED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows and k_each of the vectors: x (R, C), v (K, R, C), out (K, R, C) contiguous but in K."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -36,35 +39,47 @@ def _rows_kernel(
     x_at = (row * stride_xr)[:, None] + (c * stride_xc)[None, :]
     x = tl.load(x_ptr + x_at, mask=inside, other=float("-inf")).to(tl.float32)
     top = tl.max(x, 1)
-    e = tl.exp(x - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    p = e / tl.sum(e, 1)[:, None]
+    x -= tl.where(top == float("-inf"), 0.0, top)[:, None]
+    e = tl.exp(x)
+    total = tl.sum(e, 1)[:, None]
+    outer, inner = e / total, e / total
+    if KIND != 0:
+        outer = tl.exp(0.5 * x) / tl.sqrt(total)
+        if KIND == 1:
+            inner = outer
     if WEIGHTED:
         factor = tl.load(weight_ptr + row * stride_wr, mask=row < rows, other=0.0).to(tl.float32)
+        if KIND != 0:
+            factor = tl.sqrt(factor)
     v_at = (row * stride_vr)[:, None] + (c * stride_vc)[None, :]
     for j in range(tl.program_id(1) * k_each, min((tl.program_id(1) + 1) * k_each, k_all)):
         k = tl.cast(j, tl.int64)
         v = tl.load(v_ptr + k * stride_vk + v_at, mask=inside, other=0.0).to(tl.float32)
-        pv = tl.where(inside, p * v, 0.0)  # past the end of a row that holds inf or NaN, p is NaN
-        result = p * (v - tl.sum(pv, 1)[:, None])
+        dot = tl.sum(tl.where(inside, inner * v, 0.0), 1)[:, None]  # past the end of a row with inf or NaN, p is NaN
+        if KIND == 1:
+            result = outer * (v - outer * dot)
+        else:
+            result = outer * (v - dot)
         if WEIGHTED:
             result = result * factor[:, None]
         tl.store(out_ptr + k * stride_ok + row[:, None] * classes + c[None, :], result, mask=inside)
 
 
 @triton.jit
-def _merge(m, s, d):
+def _merge(m, s, d, KIND: tl.constexpr):
     """The maximum's shift, sum and dot of lanes that have seen some classes each."""
     top = tl.max(m, 0)
     shift = tl.where(top == float("-inf"), 0.0, top)
     scale = tl.exp(m - shift)
-    return shift, tl.sum(s * scale, 0), tl.sum(d * scale, 0)
+    return shift, tl.sum(s * scale, 0), tl.sum(d * (tl.exp(0.5 * (m - shift)) if KIND == 1 else scale), 0)
 
 
 @triton.jit
 def _wide_kernel(
     x_ptr, v_ptr, weight_ptr, part_ptr, out_ptr, classes, k_all, splits, steps_per_split,
     stride_xr, stride_xc, stride_vk, stride_vr, stride_vc, stride_wr, stride_ok,
-    WEIGHTED: tl.constexpr, FIND: tl.constexpr, WRITE: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND: tl.constexpr, WEIGHTED: tl.constexpr, FIND: tl.constexpr, WRITE: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A range of one row's classes, one vector. FIND: its maximum, sum and dot, into part (R, K, splits, 3) unless WRITE
     follows in the same launch; WRITE: the result. SPLITS: `splits` rounded up to a power of two."""
@@ -88,9 +103,12 @@ def _wide_kernel(
             shift = tl.where(larger == float("-inf"), 0.0, larger)
             scale, e = tl.exp(m - shift), tl.exp(x - shift)
             s = s * scale + e
-            d = d * scale + e * v
+            if KIND == 1:
+                d = d * tl.exp(0.5 * (m - shift)) + tl.exp(0.5 * (x - shift)) * v
+            else:
+                d = d * scale + e * v
             m = larger
-        shift, total, dot = _merge(m, s, d)
+        shift, total, dot = _merge(m, s, d, KIND)
         if not WRITE:
             place = part_ptr + split * 3
             tl.store(place, shift)
@@ -101,18 +119,23 @@ def _wide_kernel(
         here = each < splits
         m = tl.load(part_ptr + each * 3, mask=here, other=float("-inf"))
         s = tl.load(part_ptr + each * 3 + 1, mask=here, other=0.0)
-        shift, total, dot = _merge(m, s, tl.load(part_ptr + each * 3 + 2, mask=here, other=0.0))
+        shift, total, dot = _merge(m, s, tl.load(part_ptr + each * 3 + 2, mask=here, other=0.0), KIND)
     if WRITE:
-        factor = 1.0 / total
+        factor, mean = 1.0 / total, dot / total
+        if KIND != 0:
+            factor = 1.0 / tl.sqrt(total)
+        if KIND == 1:
+            mean = dot * factor * factor  # of v over q, for exp((x - shift) / 2) to multiply
         if WEIGHTED:
-            factor = factor * tl.load(weight_ptr + row * stride_wr).to(tl.float32)
-        mean = dot / total
+            weight = tl.load(weight_ptr + row * stride_wr).to(tl.float32)
+            factor = factor * (weight if KIND == 0 else tl.sqrt(weight))
         out_ptr += k * stride_ok + row * classes
         for first in range(start, stop, BLOCK):
             c = (first + lane).to(tl.int64)
             x = tl.load(x_ptr + c * stride_xc, mask=c < stop, other=float("-inf")).to(tl.float32)
             v = tl.load(v_ptr + c * stride_vc, mask=c < stop, other=0.0).to(tl.float32)
-            tl.store(out_ptr + c, tl.exp(x - shift) * factor * (v - mean), mask=c < stop)
+            e = tl.exp(x - shift if KIND == 0 else 0.5 * (x - shift))
+            tl.store(out_ptr + c, e * factor * (v - (e * mean if KIND == 1 else mean)), mask=c < stop)
 
 
 def supports(logits: Tensor, v: Tensor, *, weight: Tensor | None = None, precision: str = "ieee") -> str | None:
@@ -127,18 +150,30 @@ def worthwhile(logits: Tensor, v: Tensor, *, weight: Tensor | None = None, preci
 
 def softmax_hvp(logits: Tensor, v: Tensor, *, weight: Tensor | None = None, precision: str = "ieee") -> Tensor:
     """See `hvpfast.ops.softmax_hvp`; sums and results are float32 under every `precision`."""
+    return product(logits, v, weight, HESSIAN)
+
+
+def product(logits: Tensor, v: Tensor, weight: Tensor | None, kind: int) -> Tensor:
+    """The product of `kind`, shaped like v (..., C) or (K, ..., C)."""
     classes = logits.shape[-1]
     out = v.new_empty(v.shape, dtype=torch.float32)
     if v.numel():
         rows = logits.numel() // classes
         x, flat, to = logits.reshape(rows, classes), v.reshape(-1, rows, classes), out.view(-1, rows, classes)
         with tiles.on_device(logits):
-            launch(x, flat, None if weight is None else weight.reshape(rows), to)
+            launch(x, flat, None if weight is None else weight.reshape(rows), to, kind)
     return out
 
 
 def launch(
-    x: Tensor, v: Tensor, weight: Tensor | None, out: Tensor, *, narrow: int = NARROW, splits: int | None = None
+    x: Tensor,
+    v: Tensor,
+    weight: Tensor | None,
+    out: Tensor,
+    kind: int = HESSIAN,
+    *,
+    narrow: int = NARROW,
+    splits: int | None = None,
 ) -> None:
     """x (R, C), v (K, R, C), weight (R,) or None, none of them empty -> out (K, R, C), contiguous."""
     (rows, classes), columns = x.shape, len(v)
@@ -152,7 +187,7 @@ def launch(
         k_each = columns if programs >= 2 * processors else 1  # few rows: a program for each vector
         _rows_kernel[programs, triton.cdiv(columns, k_each)](
             x, v, weight, out, rows, classes, columns, k_each, *strides,
-            WEIGHTED=weighted, ROWS=together, BLOCK=block, num_warps=4 if block <= 4096 else 8, enable_fp_fusion=True,
+            KIND=kind, WEIGHTED=weighted, ROWS=together, BLOCK=block, num_warps=4 if block <= 4096 else 8, enable_fp_fusion=True,
         )  # fmt: skip
         return
     steps = triton.cdiv(classes, BLOCK)
@@ -162,6 +197,6 @@ def launch(
     for find, write in ((True, True),) if splits == 1 else ((True, False), (False, True)):
         _wide_kernel[(rows * splits * columns,)](
             x, v, weight, part, out, classes, columns, splits, triton.cdiv(steps, splits), *strides,
-            WEIGHTED=weighted, FIND=find, WRITE=write, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK,
+            KIND=kind, WEIGHTED=weighted, FIND=find, WRITE=write, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK,
             num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip

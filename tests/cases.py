@@ -70,6 +70,7 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)},
         {"padding": "same", "kfac_approx": "reduce", "ones_column": True},
     ),
+    "softmax_root": ({}, {"transpose": True}),
 }
 
 
@@ -216,6 +217,38 @@ def _reorthogonalize(w, basis, *, normalize=False):
     return (rest / norm if normalize and norm > 0 else rest), coefficients, norm
 
 
+def _places(*shape):
+    return torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(-1, len(shape)).tolist()
+
+
+def _slope(logits, label):
+    """Gradient of one row's own loss in its logits."""
+    leaf = logits.clone().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(leaf, torch.tensor(label)), leaf)[0]
+
+
+def _softmax_root(logits, v, *, weight=None, transpose=False):
+    """Columns from the gradients at every label, each times the root of the label's probability."""
+    product = torch.zeros_like(v)
+    for row in map(tuple, _places(*logits.shape[:-1]) if v.numel() else ()):
+        slopes = torch.stack([_slope(logits[row], label) for label in range(logits.shape[-1])], 1)
+        root = -slopes * (torch.softmax(logits[row], 0) * weight[row]).sqrt()
+        at = (..., *row, slice(None))
+        product[at] = v[at] @ (root if transpose else root.T)
+    return product
+
+
+def _softmax_sample(logits, uniform, *, weight=None):
+    result = torch.zeros(*uniform.shape, logits.shape[-1], dtype=logits.dtype)
+    for index in _places(*uniform.shape) if logits.shape[-1] else ():
+        row, rest, label = tuple(index[uniform.dim() + 1 - logits.dim() :]), float(uniform[tuple(index)]), 0
+        p = torch.softmax(logits[row], 0).tolist()
+        while rest >= p[label]:
+            rest, label = rest - p[label], label + 1
+        result[tuple(index)] = _slope(logits[row], label) * weight[row].sqrt()
+    return result
+
+
 TRUTHS = {
     "gram": _gram,
     "conv_gram": _conv_gram,
@@ -230,4 +263,6 @@ TRUTHS = {
     "kron_solve": _kron_solve,
     "softmax_hvp": _softmax_hvp,
     "reorthogonalize": _reorthogonalize,
+    "softmax_root": _softmax_root,
+    "softmax_sample": _softmax_sample,
 }

@@ -171,7 +171,7 @@ def test_results_are_wide_and_fresh(name):
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
 def test_shapes_of_the_leading_axes(name, backend):
     """Ops over `(..., features)` take any number of leading axes."""
-    if name not in ("gram", "softmax_hvp"):
+    if name not in ("gram", "softmax_hvp", "softmax_root"):
         pytest.skip("the op takes (N, T, I)")
     op = running(name, backend)
     generator = torch.Generator().manual_seed(0)
@@ -231,7 +231,9 @@ def test_non_finite_input_shows(name, backend, value):
         if (reason := dispatch.OPS[name].why_not(backend, *args, **kwargs)) is not None:
             pytest.skip(f"{backend}: {reason}")
         exact = [x.clone() for x in pieces(dispatch.OPS[name].reference(*args, **kwargs))]
-        assert name == "softmax_hvp" or not exact[0].isfinite().all()  # a logit of -inf is a class of no probability
+        assert (
+            name.startswith("softmax") or not exact[0].isfinite().all()
+        )  # a logit of -inf is a class of no probability
         for x, y in zip(pieces(op(*args, **kwargs)), exact, strict=True):
             assert torch.equal(x.isfinite(), y.isfinite()), (t, backend)
 
@@ -307,6 +309,13 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ),
     ("reorthogonalize", (A[0, 0], V[:, :4]), {}, ValueError, r"w has shape \(5,\) and basis \(3, 4\)"),
     ("reorthogonalize", (A[0, 0], V.double()), {}, TypeError, "w is torch.float32 but basis is torch.float64"),
+    ("softmax_root", (A, torch.zeros(4, 2, 6)), {}, ValueError, r"logits have shape \(4, 2, 5\) and v \(4, 2, 6\)"),
+    ("softmax_root", (A, A), {"weight": torch.zeros(4)}, ValueError, r"weight has shape \(4,\); it must be \(4, 2\)"),
+    ("softmax_sample", (A, A[..., 0].long()), {}, TypeError, "uniform is torch.int64"),
+    ("softmax_sample", (A, A[..., 0].to("meta")), {}, ValueError, "logits are on cpu but uniform is on meta"),
+    ("softmax_sample", (A, A), {}, ValueError, r"logits have shape \(4, 2, 5\) and uniform \(4, 2, 5\)"),
+    ("softmax_sample", (A, A[0, 0, 0]), {}, ValueError, r"uniform \(\); they must be"),
+    ("softmax_sample", (A, A[..., 0]), {"weight": A}, ValueError, r"weight has shape \(4, 2, 5\); it must be \(4, 2\)"),
     *(
         (name, (*pair, *THIRD.get(name, ())), {}, kind, f"{name}: {message}")
         for name in PAIRED

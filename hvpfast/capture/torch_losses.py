@@ -78,19 +78,16 @@ class CrossEntropy(Loss):
 
     def root(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
         self._fits(output, target)
-        half = torch.softmax(output.detach(), 1).sqrt()
-        rows = self._scaled_rows(output.detach(), target).sqrt().unsqueeze(1)
-        return lambda z: rows * half * (z - half * (half * z).sum(1, keepdim=True))  # sqrt(w) (diag p^1/2 - p p^1/2')
+        logits = output.detach().movedim(1, -1)
+        rows = self._scaled_rows(output.detach(), target)
+        return lambda z: ops.softmax_root(logits, z.movedim(1, -1), weight=rows).movedim(-1, 1).to(z.dtype)
 
     def draw(self, output: Tensor, target: Tensor, k: int, generator: torch.Generator) -> Tensor:
         self._fits(output, target)
-        p = torch.softmax(output.detach().double(), 1)
-        below = p.cumsum(1)
-        uniform = torch.rand(k, p.shape[0], 1, *p.shape[2:], generator=generator, dtype=torch.float64).to(p.device)
-        label = (below.unsqueeze(0) < uniform * below[:, -1:]).sum(2, keepdim=True).clamp_(max=p.shape[1] - 1)
-        u = p.expand(k, *p.shape).clone().scatter_add_(2, label, -torch.ones_like(uniform))  # p - e_label
-        rows = self._scaled_rows(output.detach().double(), target).sqrt()
-        return (u * rows.unsqueeze(1)).to(output.dtype)
+        n, _, *places = output.shape
+        uniform = torch.rand(k, n, *places, generator=generator, dtype=torch.float64).to(output.device)
+        logits, rows = output.detach().movedim(1, -1), self._scaled_rows(output.detach(), target)
+        return ops.softmax_sample(logits, uniform, weight=rows).movedim(-1, 2).to(output.dtype)
 
     @staticmethod
     def _fits(output: Tensor, target: Tensor) -> None:

@@ -11,7 +11,7 @@ from hvpfast.arguments import accumulate_dtype
 from hvpfast.ops.factors import conv_gram, gram
 from hvpfast.ops.kron import kron_apply, kron_solve
 from hvpfast.ops.krylov import reorthogonalize
-from hvpfast.ops.loss import softmax_hvp
+from hvpfast.ops.loss import softmax_hvp, softmax_root, softmax_sample
 from hvpfast.ops.samples import (
     rotated_second_moment,
     sample_dots,

@@ -1,4 +1,4 @@
-"""softmax_hvp's Triton kernels, each of its routes, against the reference in float64."""
+"""The Triton kernels of softmax_hvp and softmax_root, each of their routes, against the reference in float64."""
 
 import math
 
@@ -33,11 +33,40 @@ def test_every_route(route, dtype, layout):
             testing.assert_accurate(out, ops.softmax_hvp, x, v, weight=factor)
 
 
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_every_route_of_the_root(route, dtype, transpose):
+    for size in ((1, 1, 1), (3, 17, 2), (300, 5, 1)) if not route else ((3, 17, 2), (1, 4400, 2)):
+        x, v, weight = draw(*size, dtype=dtype, layout="strided")
+        for factor in (None, weight.abs()):
+            out = poisoned(*v.shape)
+            kernel.launch(x, v, factor, out, kernel.TRANSPOSE if transpose else kernel.ROOT, **route)
+            testing.assert_accurate(out, ops.softmax_root, x, v, weight=factor, transpose=transpose)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+@pytest.mark.parametrize("kind", [kernel.ROOT, kernel.TRANSPOSE])
+def test_the_root_of_extreme_logits(route, kind):
+    """No overflow; a class without probability has no part in the root; NaN and inf where the reference has them."""
+    for spread in (100.0, 1e4, 1e30, None):
+        x, v, _ = draw(4, 2100, 1, spread=spread or 3.0)
+        if spread is None:
+            x[0, 7], x[1, 2099], x[2, 0], x[3] = -math.inf, math.inf, math.nan, -math.inf
+        out = poisoned(*v.shape)
+        kernel.launch(x, v, None, out, kind, **route)
+        want = ops.softmax_root.reference(x, v, transpose=kind == kernel.TRANSPOSE)
+        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 def test_a_vocabulary():
     x, v, weight = draw(2, 128 * 1024 + 1, 1, dtype=torch.bfloat16)
     result = ops.softmax_hvp.on("triton")(x, v[0], weight=weight)
     testing.assert_accurate(result, ops.softmax_hvp, x, v[0], weight=weight)
     assert torch.equal(result, ops.softmax_hvp.on("triton")(x, v[0], weight=weight))
+    for transpose in (False, True):
+        result = ops.softmax_root.on("triton")(x, v[0], weight=weight.abs(), transpose=transpose)
+        testing.assert_accurate(result, ops.softmax_root, x, v[0], weight=weight.abs(), transpose=transpose)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
