@@ -203,6 +203,36 @@ def validate(report: Report, sizes: tuple, layouts: tuple, only: str) -> int:
     return failures
 
 
+def validate_eigh(report: Report, only: str) -> int:
+    """The batched eigensolver, where torch loads it, against the matrices in float64; returns the count of failures."""
+    from hvpfast.kernels import eigh_batched
+
+    if not re.search(only, "eigh"):
+        return 0
+    row = {"op": "eigh", "backend": "cusolver", "cases": 0, "failures": []}
+    if REHEARSAL or isinstance(eigh_batched._library(), str):
+        row["refused"] = "rehearsed" if REHEARSAL else eigh_batched._library()
+    else:
+        solver, stream = eigh_batched._solver(torch.cuda.current_device()), torch.cuda.current_stream().cuda_stream
+        for dtype, batch, n in (
+            (d, b, n) for d in (torch.float32, torch.float64) for b, n in ((1, 1), (3, 33), (500, 65))
+        ):
+            x = torch.randn(batch, n, n, dtype=dtype, device=DEVICE)
+            a = x + x.mT
+            poison_free_memory()
+            values, vectors = (y.double() for y in solver.eigh(a, stream))
+            off = (vectors * values[:, None]) @ vectors.mT - a.double()
+            skew = vectors.mT @ vectors - torch.eye(n, dtype=torch.float64, device=DEVICE)
+            worst = max(float(off.norm() / a.double().norm()), float(skew.abs().max()))
+            row["cases"] += 1
+            if not worst < 10 * n**0.5 * torch.finfo(dtype).eps:
+                row["failures"].append(f"{dtype} B={batch} n={n}: error {worst:.2e}")
+    report.add("validation", row)
+    said = row.get("refused", "ok") if not row["failures"] else f"FAILED {row['failures']}"
+    print(f"{'eigh':<22}{'cusolver':<21}{row['cases']:>4} cases  {said}", flush=True)
+    return len(row["failures"])
+
+
 # times ----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +285,7 @@ def main() -> int:
     report.add("ceilings", roof)
     print("ceilings:", {name: "rehearsed" if value is None else f"{value:.3e}" for name, value in roof.items()})
     failures = validate(report, ODD[:3] if REHEARSAL else ODD, ("contiguous",) if REHEARSAL else testing.LAYOUTS, only)
-    failures += validate(report, LARGE, ("contiguous",), only)
+    failures += validate(report, LARGE, ("contiguous",), only) + validate_eigh(report, only)
     measure(report, roof, deadline, only)
     print(f"{failures} failures; wrote {report.path}")
     return 1 if failures else 0

@@ -195,6 +195,21 @@ def softmax_times(rows: int, classes: int, columns: int) -> Iterator[Timed]:
     yield from op_times("softmax_sample", group.replace("hvp", "sample"), (logits, u), v.numel(), size, modes)
 
 
+def eigh_times(batch: int, n: int) -> Iterator[Timed]:
+    """Eigendecompositions: torch's and cuSOLVER's batched one, whichever of them torch calls by itself. No floor: 9 n^3 flops
+    and one pass are what they need, not what an iteration can do."""
+    from hvpfast.kernels import eigh_batched
+
+    x = torch.randn(batch, n, n, device=DEVICE)
+    a, group = x @ x.mT, f"eigh B={batch} n={n}"
+    flops, size = 9 * batch * n**3, 8 * a.numel()
+    yield Timed(group, "torch.linalg.eigh fp32", lambda: torch.linalg.eigh(a), flops, size, "fp32")
+    if not REHEARSAL and not isinstance(eigh_batched._library(), str):
+        solver = eigh_batched._solver(a.device.index)
+        stream = torch.cuda.current_stream().cuda_stream
+        yield Timed(group, "cusolverDnXsyevBatched fp32", lambda: solver.eigh(a, stream), flops, size, "fp32")
+
+
 def krylov_times(count: int, length: int) -> Iterator[Timed]:
     """reorthogonalize; its floor reads the basis three times, twice being needed and once to spare the cache."""
     w = torch.randn(length, device=DEVICE)
@@ -233,6 +248,7 @@ ALL: tuple[tuple[Callable, tuple], ...] = (
     (softmax_times, ((3, 20, 2),) if REHEARSAL else (
         (4096, 128 * 1024, 1), (8192, 1000, 4), (262144, 10, 1), (16, 128 * 1024, 1),
     )),
+    (eigh_times, ((3, 40),) if REHEARSAL else ((256, 32), (256, 64), (500, 100), (48, 512))),
     (krylov_times, ((3, 40),) if REHEARSAL else ((8, 1 << 26), (64, 1 << 24), (400, 1 << 21))),
     (kron_times, tuple((op, 2, 20) for op in ("kron_apply", "kron_solve")) if REHEARSAL else tuple(
         (op, 48, features) for op in ("kron_apply", "kron_solve") for features in (256, 1024)
