@@ -40,10 +40,10 @@ struct Body {
         }
     }
 
-    // `pitch`: from one k to the next; `stride`: from one strip of b to the next.
+    // `pitch` and `left_pitch`: from one k to the next; `stride`: from one strip of b to the next.
     template <int NJ>
     HVPFAST_INLINE double tile(Mode mode, const T* a, const T* b, int64_t k, int64_t stride, T* c, const Runs& runs,
-                               const Lines& lines = Lines(), int64_t pitch = W) {
+                               const Lines& lines = Lines(), int64_t left_pitch = W, int64_t pitch = W) {
         V acc[R][NJ];
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r)
@@ -55,15 +55,15 @@ struct Body {
                 for (; kk < least(k, R); ++kk) {
 #pragma GCC unroll 4
                     for (int j = 0; j < NJ; ++j) P::fetch(c + kk * kPanel + j * W);
-                    step(a + kk * pitch, b + kk * pitch, stride, acc);
+                    step(a + kk * left_pitch, b + kk * pitch, stride, acc);
                 }
             }
             const int64_t past = least(k, kk + lines.count);
             for (const char* line = lines.at; kk < past; ++kk, line += 64) {
                 P::fetch(line);
-                step(a + kk * pitch, b + kk * pitch, stride, acc);
+                step(a + kk * left_pitch, b + kk * pitch, stride, acc);
             }
-            for (; kk < k; ++kk) step(a + kk * pitch, b + kk * pitch, stride, acc);
+            for (; kk < k; ++kk) step(a + kk * left_pitch, b + kk * pitch, stride, acc);
         }
         if (mode == Mode::sum_square) {
             V sum = P::zero();
@@ -141,17 +141,21 @@ struct Body {
     }
 
     template <int NJ>
-    static void direct_tile(Mode mode, const T* a, const T* b, int64_t k, int64_t pitch, T* c) {
-        tile<NJ>(mode, a, b, k, W, c, Runs(), Lines(), pitch);
+    static void direct_tile(Mode mode, const Flat<T>& a, const Flat<T>& b, int64_t i, int64_t j, int64_t k, T* c, const Lines& lines) {
+        tile<NJ>(mode, a.data + i, b.data + j, k, W, c + i * kPanel + j, Runs(), lines, a.pitch, b.pitch);
     }
 
-    static void direct(Mode mode, const T* x, int64_t pitch, int64_t k, int64_t features, T* c) {
-        for (int64_t i = 0; i < features; i += R) {
-            const int64_t first = i / W * W, strips = ceil_div(features - first, W);
-            T* at = c + i * kPanel + first;
-            if (strips == 3) direct_tile<3>(mode, x + i, x + first, k, pitch, at);
-            else if (strips == 2) direct_tile<2>(mode, x + i, x + first, k, pitch, at);
-            else direct_tile<1>(mode, x + i, x + first, k, pitch, at);
+    static void direct(Mode mode, const Flat<T>& a, const Flat<T>& b, int64_t k, bool upper, bool next, T* c) {
+        const int64_t of_a = k * a.pitch * int64_t(sizeof(T)) / 64, of_b = k * b.pitch * int64_t(sizeof(T)) / 64;
+        Lines lines;
+        lines.count = next ? ceil_div(of_a + of_b, ceil_div(a.features, R)) : 0;
+        for (int64_t i = 0; i < a.features; i += R) {
+            const int64_t first = upper ? i / W * W : 0, strips = ceil_div(b.features - first, W), line = i / R * lines.count;
+            lines.at = line < of_a ? reinterpret_cast<const char*>(a.data + k * a.pitch) + 64 * line
+                                   : reinterpret_cast<const char*>(b.data + k * b.pitch) + 64 * (line - of_a);
+            if (strips == 3) direct_tile<3>(mode, a, b, i, first, k, c, lines);
+            else if (strips == 2) direct_tile<2>(mode, a, b, i, first, k, c, lines);
+            else direct_tile<1>(mode, a, b, i, first, k, c, lines);
         }
     }
 

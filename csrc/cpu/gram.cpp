@@ -162,8 +162,8 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
             for (int64_t row = row_first; row < row_last; row += pass) {
                 const int64_t rows = least(pass, row_last - row);
                 if (row + rows <= direct_rows) {
-                    engine.direct(row == row_first ? Mode::store : Mode::add, static_cast<const T*>(x.data) + row * x.inner_stride,
-                                  x.inner_stride, rows, out.rows, c);
+                    const Flat<T> here{static_cast<const T*>(x.data) + row * x.inner_stride, x.inner_stride, out.rows};
+                    engine.direct(row == row_first ? Mode::store : Mode::add, here, here, rows, true, false, c);
                     continue;
                 }
                 if (share && row != row_first) barrier(count);  // the others have read what was packed before

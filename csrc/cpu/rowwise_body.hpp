@@ -172,9 +172,101 @@ struct RowBody {
         }
     }
 
+    static double squares(const T* x, int64_t count) {
+        V sum = P::zero();
+        int64_t c = 0;
+        for (; c + W <= count; c += W) sum = P::fma(P::load(x + c), P::load(x + c), sum);
+        if (c < count) {
+            const V part = P::load_part(x + c, int(count - c));
+            sum = P::fma(part, part, sum);
+        }
+        return P::total(sum);
+    }
+
+    // Products of rows with rows, kSide by kSide at a time, summed over the features in vectors.
+    static constexpr int64_t kSide = W * int64_t(sizeof(T)) == 64 ? 4 : 3;  // 16 and 9 sums fit the registers
+
+    struct Sums {
+        V of[kSide][kSide];
+    };
+
+    HVPFAST_INLINE void add_products(const T* const (&x)[kSide], const T* const (&y)[kSide], int64_t f, int n, Sums& sums) {
+        V right[kSide];
+#pragma GCC unroll 4
+        for (int c = 0; c < kSide; ++c) right[c] = n == W ? P::load(y[c] + f) : P::load_part(y[c] + f, n);
+#pragma GCC unroll 4
+        for (int r = 0; r < kSide; ++r) {
+            const V left = n == W ? P::load(x[r] + f) : P::load_part(x[r] + f, n);
+#pragma GCC unroll 4
+            for (int c = 0; c < kSide; ++c) sums.of[r][c] = P::fma(left, right[c], sums.of[r][c]);
+        }
+    }
+
+    HVPFAST_INLINE Sums row_sums(const T* const (&x)[kSide], const T* const (&y)[kSide], int64_t cols) {
+        Sums sums;
+#pragma GCC unroll 4
+        for (int r = 0; r < kSide; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < kSide; ++c) sums.of[r][c] = P::zero();
+        int64_t f = 0;
+        for (; f + W <= cols; f += W) add_products(x, y, f, int(W), sums);
+        if (f < cols) add_products(x, y, f, int(cols - f), sums);
+        return sums;
+    }
+
+    // A square of products: into `weights` (added to them unless `first`), or their sum with the weights.
+    static double square_of_rows(const T* x, int64_t pitch, int64_t rows, int64_t i, int64_t j, int64_t cols, bool weigh, bool first, T* weights) {
+        const T *left[kSide], *right[kSide];
+#pragma GCC unroll 4
+        for (int64_t r = 0; r < kSide; ++r) left[r] = x + least(i + r, rows - 1) * pitch, right[r] = x + least(j + r, rows - 1) * pitch;
+        const Sums sums = row_sums(left, right, cols);
+        if (!weigh && j + kSide <= rows) {
+            V parts[kSide];
+#pragma GCC unroll 4
+            for (int c = 0; c < kSide; ++c) parts[c] = P::mul(P::broadcast(weights + c), sums.of[0][c]);
+#pragma GCC unroll 4
+            for (int r = 1; r < kSide; ++r)
+#pragma GCC unroll 4
+                for (int c = 0; c < kSide; ++c) parts[c] = P::fma(P::broadcast(weights + r * kSide + c), sums.of[r][c], parts[c]);
+#pragma GCC unroll 4
+            for (int c = 1; c < kSide; ++c) parts[0] = P::add(parts[0], parts[c]);
+            return P::total(parts[0]);
+        }
+        double sum = 0, totals[kSide][kSide];
+#pragma GCC unroll 4
+        for (int r = 0; r < kSide; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < kSide; ++c) totals[r][c] = P::total(sums.of[r][c]);
+        const T twice = T(i == j ? 1 : 2);  // squares below the diagonal are not computed
+        for (int64_t r = 0; r < least(kSide, rows - i); ++r)
+            for (int64_t c = 0; c < least(kSide, rows - j); ++c) {
+                T& weight = weights[r * kSide + c];
+                const double value = totals[r][c];
+                if (weigh) weight = (first ? T(0) : weight) + twice * T(value);
+                else sum += double(weight) * value;
+            }
+        return sum;
+    }
+
+    static double row_products(const T* x, int64_t pitch, int64_t rows, int64_t cols, bool weigh, T* weights, const T* next) {
+        const int64_t across = ceil_div(rows, kSide), lines = rows * cols * int64_t(sizeof(T)) / 64;
+        const char *soon = reinterpret_cast<const char*>(next), *const past = soon + (next == nullptr ? 0 : 64 * lines);
+        const int64_t each = 64 * ceil_div(lines, across * (across + 1) / 2);
+        double sum = 0;
+        for (int64_t start = 0; start < cols; start += kRun) {
+            T* at = weights;
+            for (int64_t i = 0; i < rows; i += kSide)
+                for (int64_t j = i; j < rows; j += kSide, at += kSide * kSide) {
+                    for (const char* const last = past - soon < each ? past : soon + each; soon < last; soon += 64) P::fetch(soon);
+                    sum += square_of_rows(x + start, pitch, rows, i, j, least(kRun, cols - start), weigh, start == 0, at);
+                }
+        }
+        return sum;
+    }
+
     static void flush() { P::flush(); }
 
-    static Rowwise<T> kernels() { return {W, widen, outer, copy, flush, exponentials, project}; }
+    static Rowwise<T> kernels() { return {W, kSide, widen, outer, copy, flush, exponentials, project, squares, row_products}; }
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include "batch.hpp"
 #include "scalar.hpp"
 #include "tiers.hpp"
+#include "unpacked.hpp"
 #include "workspace.hpp"
 
 namespace hvpfast {
@@ -208,12 +209,35 @@ bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const
 }
 
 template <class T>
+void moments_unpacked(const Engine<T>& engine, const Batch& a, const Batch& g, const Out& out, int threads) {
+    const Unpacked<T> work(engine, a, g);
+    const int64_t panel = engine.panel, block = panel * panel, i_panels = ceil_div(out.cols, panel), o_panels = ceil_div(out.rows, panel);
+    const int64_t part_size = i_panels * o_panels * block, each = part_size + block + work.scratch();
+    const int64_t groups = least(threads, g.batch);
+    T* const base = reinterpret_cast<T*>(workspace(groups * each * int64_t(sizeof(T))));
+    parallel(int(groups), [&](int index, int count) {
+        for (int64_t group = index; group < groups; group += count) {
+            T *const sums = base + group * each, *const c = sums + part_size;
+            for (int64_t e = 0; e < part_size; ++e) sums[e] = 0;
+            for (int64_t m = g.batch * group / groups; m < g.batch * (group + 1) / groups; ++m)
+                work.product(a, m % a.batch, g, m, c + block, c, [&](int64_t o, int64_t i, int64_t rows, int64_t, const T* product) {
+                    T* const to = sums + (o / panel * i_panels + i / panel) * block;
+                    for (int64_t e = 0; e < rows * panel; ++e) to[e] += product[e] * product[e];
+                });
+        }
+        barrier(count);
+        if (index == 0) write_sums(base, panel, Part{0, o_panels, 0, i_panels, 0, 0}, groups, each, out);
+    });
+}
+
+template <class T>
 void moments(const Engine<T>& vector, const Batch& a, const Batch& g, const Out& out, Precision precision, int threads) {
     const double k = a.positions == 1 ? 1.0 / double(kDepth) : double(g.batch) / double(a.batch);
     const int64_t depth = a.positions == 1 ? kDepth : a.positions;
+    const bool unpacked = Unpacked<T>::pays(vector, a, g);
     const auto cost = [&](const Engine<T>& engine, bool thrice) {
-        return k * product_cycles(engine, thrice, out.rows, out.cols, depth, false) + pack_cycles(engine, depth * (out.rows + out.cols), false) *
-               (a.positions == 1 ? k : 1.0);
+        const double packing = unpacked && engine.tier != Tier::amx ? 0 : pack_cycles(engine, depth * (out.rows + out.cols), false);
+        return k * product_cycles(engine, thrice, out.rows, out.cols, depth, false) + packing * (a.positions == 1 ? k : 1.0);
     };
     const double exact = cost(vector, false);
     if (double(a.batch) * exact < 40000.0) threads = 1;
@@ -229,6 +253,7 @@ void moments(const Engine<T>& vector, const Batch& a, const Batch& g, const Out&
             if (amx != nullptr && !few && (!automatic || cost(*amx, thrice) < exact) && moments_with(*amx, a, g, out, threads)) return;
         }
     }
+    if (unpacked) return moments_unpacked(vector, a, g, out, threads);
     moments_with(vector, a, g, out, threads);
 }
 

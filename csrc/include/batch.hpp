@@ -21,6 +21,35 @@ inline Rows by_feature(const Batch& x, int64_t n) {
     return {at_element(x.data, x.dtype, n * x.batch_stride), x.dtype, 1, x.features, x.positions, 0, x.feature_stride, x.position_stride};
 }
 
+// The samples that come next, fetched line by line while blocks are multiplied: memory answers in hundreds of cycles.
+class Upcoming {
+public:
+    // Sample n of x, if its values are one piece of memory.
+    void add(const Batch& x, int64_t n) {
+        const int64_t values = x.positions * x.features, size = x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2;
+        const bool rows = x.feature_stride == 1 && x.position_stride == x.features, columns = x.position_stride == 1 && x.feature_stride == x.positions;
+        if (n >= x.batch || !(rows || columns) || values * size > (int64_t(1) << 19)) return;
+        ranges_[count_++] = {static_cast<const char*>(at_element(x.data, x.dtype, n * x.batch_stride)), values * size / 64};
+    }
+    void spread(int64_t calls) { each_ = ceil_div(ranges_[0].lines + ranges_[1].lines, most(1, calls)); }
+    Ahead take() {
+        Range& range = ranges_[0].lines > 0 ? ranges_[0] : ranges_[1];
+        const Ahead found{nullptr, range.at, least(each_, range.lines)};
+        range.at += 64 * found.count;
+        range.lines -= found.count;
+        return found;
+    }
+
+private:
+    struct Range {
+        const char* at = nullptr;
+        int64_t lines = 0;
+    };
+    Range ranges_[2];
+    int count_ = 0;
+    int64_t each_ = 0;
+};
+
 constexpr int64_t kDepth = 256;  // rows packed at a time; longer sums go through a block of sums (accuracy: engine.hpp)
 
 // A matrix packed whole: k in slices, [slice][panel]. AMX adds pairs of rows at a time, so that its slices may be longer.
@@ -38,9 +67,11 @@ struct Packed {
         return base + slice * slice_bytes() + panel * engine.panel_bytes(depth(slice));
     }
     int64_t width(int64_t panel) const { return least(engine.panel, features - panel * engine.panel); }
-    void pack(const Rows& x, char* left, char* right, PackStats* stats) const {
+    // `low`: for each feature of the panels, the sum of its squared low halves is added here; may be null.
+    void pack(const Rows& x, char* left, char* right, PackStats* stats, float* low = nullptr) const {
         for (int64_t slice = 0; slice < slices; ++slice)
             for (int64_t p = 0; p < panels; ++p) {
+                stats->low_squares = low == nullptr ? nullptr : low + p * engine.panel;
                 const int64_t at = slice * slice_bytes() + p * engine.panel_bytes(depth(slice));
                 engine.pack(x, slice * deepest, depth(slice), p, false, left == nullptr ? nullptr : left + at,
                             right == nullptr ? nullptr : right + at, stats);

@@ -53,6 +53,14 @@ struct Ahead {
     int64_t count;
 };
 
+// Rows of a matrix whose features lie side by side.
+template <class T>
+struct Flat {
+    const T* data;
+    int64_t pitch, features;
+    Flat at(int64_t row, int64_t feature, int64_t count) const { return {data + row * pitch + feature, pitch, count}; }
+};
+
 template <class T>
 struct Engine {
     int64_t panel;    // features a panel, and the row length of c
@@ -67,9 +75,9 @@ struct Engine {
     // needed. `ahead` may be null.
     double (*block)(Mode mode, const void* a, const void* b, int64_t ni, int64_t nj, int64_t k, bool upper, T* c,
                     const Ahead* ahead);
-    // c (= or +=) x'x on and above the diagonal, for at most one panel of features that lie side by side, unpacked: `k`
-    // rows, `pitch` apart. Reads up to a strip's width past the last row's end. Null on AMX.
-    void (*direct)(Mode mode, const T* x, int64_t pitch, int64_t k, int64_t features, T* c);
+    // c (= or +=) a'b over `k` rows, for at most one panel of features each, unpacked. `upper`: on and above the diagonal
+    // only. Reads up to a panel past the last row's end. `next`: whether the rows after these are fetched. Null on AMX.
+    void (*direct)(Mode mode, const Flat<T>& a, const Flat<T>& b, int64_t k, bool upper, bool next, T* c);
     // c += a'b over a walk that starts at packed rows `left_row` and `right_row`.
     void (*walk)(const void* a, const void* b, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over, T* c);
     // `lanes` (at most panel) arrays of `count` values, `apart` from each other, become rows: to[r * pitch + lane].

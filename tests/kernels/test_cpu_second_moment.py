@@ -11,10 +11,12 @@ from hvpfast.dispatch import precision
 from hvpfast.testing import LAYOUTS, assert_accurate, make_inputs
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# (N, T, I, O, K): T = 1 in one and several slices; blocks; slices of long sums; more output than one part; empties.
+# (N, T, I, O, K): T = 1 in one and several slices; blocks; slices of long sums; more output than one part; empties; long
+# samples of few features, unpacked.
 SIZES = (
     (1, 1, 1, 1, 1), (17, 1, 65, 3, 3), (300, 1, 40, 50, 2), (3, 17, 63, 65, 2), (2, 129, 33, 64, 1), (1, 300, 40, 50, 2),
     (3, 9, 300, 270, 2), (0, 4, 5, 3, 1), (4, 0, 5, 3, 1), (3, 2, 0, 4, 1), (3, 2, 4, 0, 2),
+    (3, 300, 27, 50, 2), (5, 130, 96, 95, 1), (1, 128, 1, 3, 1),
 )  # fmt: skip
 
 
@@ -36,7 +38,7 @@ def test_sizes_and_layouts(tier, dtype):
 
 @pytest.mark.parametrize("tier", tiers.TIERS)
 @pytest.mark.parametrize("value", (math.inf, math.nan, 1e30))
-@pytest.mark.parametrize("size", ((40, 1, 30, 20), (4, 40, 30, 20)))
+@pytest.mark.parametrize("size", ((40, 1, 30, 20), (4, 40, 30, 20), (3, 200, 30, 70)))
 def test_values_that_a_split_cannot_hold(tier, value, size):
     n, t, i, o = size
     args, _ = make_inputs("second_moment", n=n, t=t, i=i, o=o)
