@@ -12,9 +12,13 @@ _UNMEASURED = "not yet measured on a GPU, so it runs where backend 'cuda' is ask
 def _device_reason(name: str, x: torch.Tensor) -> str | None:
     if not x.is_cuda:
         return f"{name} is on {x.device.type}; the kernel reads the memory of a CUDA device"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if _capability(x.device) < (8, 0):
         return "the device's compute capability is below 8.0"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _where(x: torch.Tensor) -> tuple[int, int]:
@@ -27,6 +31,9 @@ def _processors(device: torch.device) -> int:
 
 
 # gram -----------------------------------------------------------------------------------------------------------------
+
+
+_FEW_ROWS = 32  # below these float32 is multiplied in full
 
 
 def cuda_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
@@ -45,7 +52,13 @@ def cuda_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False,
 
 
 def cuda_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto"):
-    """See `hvpfast.ops.gram`. float32 data are multiplied in full under every precision."""
+    """See `hvpfast.ops.gram`. On Hopper (compute capability 9.0) tiles are made by warpgroups' products (wgmma): 16-bit data
+    exactly, rows on 16 bytes; float32 split in bf16 halves first ("auto", "bf16x3") or rounded ("bf16"), at the cost of a
+    copy. "ieee", other layouts and other GPUs go by 16 x 16 tensor-core products, float32 in full.
+
+    Neither was run on a GPU so far, nor was anything timed: the source passes on a host (tests/kernels/on_host), its machine
+    code is checked (tests/kernels/test_cuda_ahead.py), and Triton's kernel is taken unless backend "cuda" is asked for.
+    """
     width = x.shape[-1]
     rows = x.reshape(x.shape[:-1].numel(), width)
     if out is None:
@@ -53,19 +66,34 @@ def cuda_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision=
     if not out.numel():
         return out
     module = _load("cuda")
+    products = _wgmma_products(rows, precision)
     blocks = max(1, -(-width // module.gram_tile()))
-    splits = _cuda_splits(blocks * (blocks + 1) // 2, len(rows), x.device)
+    waves = 1 if products else 2  # blocks that a processor has at a time
+    splits = _cuda_splits(blocks * (blocks + 1) // 2, len(rows), waves * _processors(x.device))
     workspace = x.new_empty(module.gram_workspace(width, bool(ones_column), splits), dtype=torch.float32)
+    in_halves = products and x.dtype is torch.float32
+    halves = x.new_empty(module.gram_halves(len(rows), width, products), dtype=torch.bfloat16) if in_halves else None
     module.gram(
         rows.data_ptr(), _DTYPES[x.dtype], len(rows), width, *rows.stride(), out.data_ptr(), *out.stride(),
-        alpha, beta, bool(ones_column), workspace.data_ptr(), splits, *_where(x),
+        alpha, beta, bool(ones_column), workspace.data_ptr(), products, 0 if halves is None else halves.data_ptr(),
+        splits, *_where(x),
     )  # fmt: skip
     return out
 
 
-def _cuda_splits(tiles: int, rows: int, device: torch.device) -> int:
-    """Ranges of rows: enough blocks for two waves of the device, each of at least 1024 rows."""
-    return max(1, min(2 * _processors(device) // tiles, rows // 1024, 64))
+def _wgmma_products(x: torch.Tensor, precision: str) -> int:
+    """How many products of 16-bit data make one of x (N, D) by Hopper's instructions, or 0 where they do not fit."""
+    if _capability(x.device) != (9, 0) or not x.numel() or max(x.shape) >= 1 << 31:
+        return 0
+    if x.dtype is torch.float32:  # few rows have nothing to gain, and their rounding does not average out
+        return 0 if len(x) < _FEW_ROWS else {"auto": 3, "bf16x3": 3, "bf16": 1}.get(precision, 0)
+    whole = x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return int(whole)
+
+
+def _cuda_splits(tiles: int, rows: int, most: int) -> int:
+    """Ranges of rows: at most that many blocks in all, each of at least 1024 rows."""
+    return max(1, min(most // tiles, rows // 1024, 64))
 
 
 # reorthogonalize ------------------------------------------------------------------------------------------------------

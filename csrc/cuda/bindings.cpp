@@ -10,14 +10,18 @@ namespace {
 
 void gram(uintptr_t x, int dtype, int64_t rows, int64_t width, int64_t stride_n, int64_t stride_d, uintptr_t out,
           int64_t out_stride_i, int64_t out_stride_j, float alpha, float beta, bool ones_column, uintptr_t workspace,
-          int splits, int device, uintptr_t stream) {
+          int products, uintptr_t halves, int splits, int device, uintptr_t stream) {
     if (rows < 0 || width < 0 || splits < 1 || splits > 65535) {
         throw std::invalid_argument("gram: rows, width and splits must be at least 0, 0 and 1");
+    }
+    if (products != 0 && ((products != 1 && products != 3) || rows == 0 || width == 0 || rows >> 31 || width >> 31)) {
+        throw std::invalid_argument("gram: products must be 0, 1 or 3, and x not empty and below 2^31 on a side unless 0");
     }
     py::gil_scoped_release release;
     hvpfast::gram({reinterpret_cast<const void*>(x), static_cast<hvpfast::Dtype>(dtype), rows, width, stride_n, stride_d,
                    reinterpret_cast<float*>(out), out_stride_i, out_stride_j, alpha, beta, ones_column,
-                   reinterpret_cast<float*>(workspace), splits, device, stream});
+                   reinterpret_cast<float*>(workspace), products, reinterpret_cast<void*>(halves), splits, device,
+                   stream});
 }
 
 void reorthogonalize(uintptr_t w, int dtype, int64_t length, int64_t stride_w, uintptr_t basis, int64_t count,
@@ -41,10 +45,12 @@ PYBIND11_MODULE(_cuda, m) {
     m.def("gram_tile", &hvpfast::gram_tile, "Side of the tiles of the result.");
     m.def("gram_workspace", &hvpfast::gram_workspace, py::arg("width"), py::arg("ones_column"), py::arg("splits"),
           "Floats of workspace that gram needs.");
+    m.def("gram_halves", &hvpfast::gram_halves, py::arg("rows"), py::arg("width"), py::arg("products"),
+          "bf16 numbers of workspace that gram needs for float32 data where products is not 0.");
     m.def("gram", &gram, py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("stride_n"),
           py::arg("stride_d"), py::arg("out"), py::arg("out_stride_i"), py::arg("out_stride_j"), py::arg("alpha"),
-          py::arg("beta"), py::arg("ones_column"), py::arg("workspace"), py::arg("splits"), py::arg("device"),
-          py::arg("stream"), "out = beta out + alpha (x 1)'(x 1) on the given stream.");
+          py::arg("beta"), py::arg("ones_column"), py::arg("workspace"), py::arg("products"), py::arg("halves"), py::arg("splits"),
+          py::arg("device"), py::arg("stream"), "out = beta out + alpha (x 1)'(x 1) on the given stream.");
     m.def("krylov_chunk", &hvpfast::krylov_chunk, "Elements of a vector that a block takes at a time.");
     m.def("reorthogonalize_workspace", &hvpfast::reorthogonalize_workspace, py::arg("count"), py::arg("blocks"),
           "Doubles of workspace that reorthogonalize needs.");

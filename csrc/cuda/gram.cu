@@ -5,11 +5,12 @@
 // both halves from one value. 16-bit data: 16 x 16 x 16 tensor-core products (every GPU since sm_80), each warp 64 x 32.
 // float32: fused multiply-adds, each thread 8 x 8. Tensor cores add with truncation, so a sum of theirs runs over kChunk
 // steps only, and is then added to a total that is rounded correctly.
-// Not yet measured on a GPU; a wgmma version for sm_90a is to stand beside partial_16.
+// Not yet measured on a GPU. On Hopper the tiles are those of gram_sm90.cu instead, where the launcher says so.
 #include <mma.h>
 
 #include "check.cuh"
 #include "gram.hpp"
+#include "triangle.cuh"
 #include "widen.cuh"
 
 namespace hvpfast {
@@ -22,18 +23,6 @@ constexpr int kThreads = 256;  // of the first kernel
 constexpr int kChunk = 32;     // steps that the tensor cores add by themselves: 1024 rows
 constexpr int kSquare = 32;    // side of what one block of the second kernel adds up
 constexpr int kSquareRows = 8;
-
-struct Place {
-    int row, column;
-};
-
-// Position in the lower triangle of tiles, row after row; the root may be one off either way.
-__device__ Place triangle(int index) {
-    int row = static_cast<int>((sqrtf(8.0f * static_cast<float>(index) + 1.0f) - 1.0f) * 0.5f);
-    while (static_cast<int64_t>(row) * (row + 1) / 2 > index) --row;
-    while (static_cast<int64_t>(row + 1) * (row + 2) / 2 <= index) ++row;
-    return {row, static_cast<int>(index - static_cast<int64_t>(row) * (row + 1) / 2)};
-}
 
 template <typename T>
 struct Rows {  // x and the range of rows that a block sums
@@ -165,13 +154,13 @@ __device__ void partial_32(const Rows<float>& rows, int64_t i, int64_t j, float*
         }
 }
 
-// Block (tile, split): a tile of the triangle, or past it a block of column sums.
+// Block (tile - first_tile, split): a tile of the triangle, or past it a block of column sums.
 // workspace: (splits, triangle, kTile, kTile), then (splits, blocks, kTile).
 template <typename T, bool VECTORS>
 __global__ void __launch_bounds__(kThreads)
     partial_kernel(const T* x, int64_t rows, int64_t width, int64_t stride_n, int64_t stride_d, int64_t rows_per_split,
-                   int blocks, float* workspace) {
-    const int in_triangle = blocks * (blocks + 1) / 2, tile = blockIdx.x, split = blockIdx.y;
+                   int blocks, int first_tile, float* workspace) {
+    const int in_triangle = blocks * (blocks + 1) / 2, tile = first_tile + blockIdx.x, split = blockIdx.y;
     const int64_t first = split * rows_per_split;
     const Rows<T> range{x, stride_n, stride_d, width, first, min(first + rows_per_split, rows)};
     if (tile >= in_triangle) {
@@ -241,16 +230,16 @@ __global__ void __launch_bounds__(kSquare* kSquareRows, 4)
 int blocks_of(int64_t width) { return width > kTile ? static_cast<int>((width + kTile - 1) / kTile) : 1; }
 
 template <typename T>
-void partials(const GramArguments& a, int blocks, cudaStream_t stream) {
-    const int64_t step = 32;  // rows of a split come in whole steps of both kernels
-    const int64_t per_split = (a.rows + step * a.splits - 1) / (step * a.splits) * step;
+void partials(const GramArguments& a, int blocks, int64_t per_split, cudaStream_t stream) {
     const int64_t lanes = 16 / static_cast<int64_t>(sizeof(T));
     const bool vectors = a.stride_d == 1 && a.stride_n % lanes == 0 && a.width % lanes == 0 &&
                          reinterpret_cast<uintptr_t>(a.x) % 16 == 0;
-    const dim3 grid(blocks * (blocks + 1) / 2 + (a.ones_column ? blocks : 0), a.splits);
+    const int in_triangle = blocks * (blocks + 1) / 2, first_tile = a.products > 0 ? in_triangle : 0;
+    const dim3 grid(in_triangle - first_tile + (a.ones_column ? blocks : 0), a.splits);
+    if (grid.x == 0) return;  // the tiles are made elsewhere, and nothing else is asked for
     const auto kernel = vectors ? partial_kernel<T, true> : partial_kernel<T, false>;
     kernel<<<grid, kThreads, 0, stream>>>(static_cast<const T*>(a.x), a.rows, a.width, a.stride_n, a.stride_d, per_split,
-                                          blocks, a.workspace);
+                                          blocks, first_tile, a.workspace);
     check(cudaGetLastError(), "gram: the launch of the partial sums");
 }
 
@@ -267,10 +256,13 @@ void gram(const GramArguments& a) {
     const OnDevice guard(a.device);
     const auto stream = reinterpret_cast<cudaStream_t>(a.stream);
     const int blocks = blocks_of(a.width);
+    const int64_t step = 64;  // rows of a split come in whole steps of every kernel
+    const int64_t per_split = (a.rows + step * a.splits - 1) / (step * a.splits) * step;
+    if (a.products > 0) gram_tiles_sm90(a, blocks, per_split);
     switch (a.dtype) {
-        case Dtype::float32: partials<float>(a, blocks, stream); break;
-        case Dtype::bfloat16: partials<__nv_bfloat16>(a, blocks, stream); break;
-        case Dtype::float16: partials<__half>(a, blocks, stream); break;
+        case Dtype::float32: partials<float>(a, blocks, per_split, stream); break;
+        case Dtype::bfloat16: partials<__nv_bfloat16>(a, blocks, per_split, stream); break;
+        case Dtype::float16: partials<__half>(a, blocks, per_split, stream); break;
         default: throw std::runtime_error("gram: an unknown dtype code");
     }
     constexpr int kPerTile = (kTile / kSquare) * (kTile / kSquare);

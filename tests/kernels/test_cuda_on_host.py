@@ -17,8 +17,8 @@ from hvpfast.kernels import native_cuda
 from hvpfast import ops, testing
 
 ROOT = Path(__file__).parents[2]
-LAUNCH = re.compile(r"(\w+)<<<([^,]+), (\w+|dim3\([^)]*\)), 0, stream>>>\((.*?)\);", re.DOTALL)
-LAUNCHES = {"gram": 2, "krylov": 8}  # of each file
+LAUNCH = re.compile(r"(\w+)<<<([^,]+), (\w+|dim3\([^)]*\)), \w+, stream>>>\((.*?)\);", re.DOTALL)
+LAUNCHES = {"gram": 2, "gram_sm90": 2, "krylov": 8}  # of each file
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,7 @@ def host(module, monkeypatch):
     monkeypatch.setattr(native_cuda, "_load", lambda device: module)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(native_cuda, "_processors", lambda device: 2)
+    monkeypatch.setattr(native_cuda, "_capability", lambda device: (8, 0))
     fresh = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *a, **k: fresh(x, *a, **k).fill_(math.nan))
     return native_cuda
@@ -71,6 +72,40 @@ def test_gram(host, monkeypatch, rows, width, splits, layout, dtype):
     blend = {"alpha": 0.3, "beta": 0.7, "ones_column": True}
     out = host.cuda_gram(x, out=before.clone(), **blend)
     testing.assert_accurate(out, ops.gram, x, out=before, **blend)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.bfloat16, "auto"), (torch.float16, "ieee"), (torch.float32, "auto"), (torch.float32, "bf16")],
+)
+@pytest.mark.parametrize(
+    ("rows", "width", "splits", "layout"),
+    [
+        (3, 8, 1, "contiguous"),  # one box, of which next to nothing is there
+        (70, 264, 2, "contiguous"),  # tiles off the diagonal; the second range has 6 rows
+        (1100, 130, 1, "contiguous"),  # the ring of stages goes round, and past one chunk
+        (129, 136, 4, "transposed"),  # an empty range; float32 in any layout
+    ],
+)
+def test_gram_on_hopper(host, monkeypatch, rows, width, splits, layout, dtype, precision):
+    monkeypatch.setattr(host, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(host, "_cuda_splits", lambda *_: splits)
+    x = testing.laid_out(torch.randn(rows, width, generator=torch.Generator().manual_seed(0)).to(dtype), layout)
+    if dtype is torch.float16 and layout == "contiguous":  # rows longer than they need be
+        x = torch.cat([x, torch.full((rows, 8 + -width % 8), math.nan, dtype=dtype)], 1)[:, :width]
+    used = host._wgmma_products(x, precision)
+    if dtype is torch.float32:
+        assert used == (0 if rows < 32 else 3 if precision == "auto" else 1)
+    else:
+        assert used == (layout == "contiguous" and x.stride(0) % 8 == 0)
+    stated = {"precision": "bf16x3" if used == 3 else "bf16"} if dtype is torch.float32 else {}
+    plain = host.cuda_gram(x, precision=precision)
+    testing.assert_accurate(plain, ops.gram, x, **stated)
+    assert torch.equal(plain, plain.T)
+    before = torch.randn(width + 1, width + 1, generator=torch.Generator().manual_seed(1))
+    blend = {"alpha": 0.3, "beta": 0.7, "ones_column": True}
+    out = host.cuda_gram(x, out=before.clone(), precision=precision, **blend)
+    testing.assert_accurate(out, ops.gram, x, out=before, **stated, **blend)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

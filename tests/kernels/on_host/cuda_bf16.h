@@ -4,10 +4,10 @@
 struct __nv_bfloat16 {
     uint16_t bits;
     __nv_bfloat16() = default;
-    __nv_bfloat16(float x) {  // only ever of zero here
+    __nv_bfloat16(float x) {  // to nearest even; a NaN stays one
         uint32_t all;
         std::memcpy(&all, &x, 4);
-        bits = static_cast<uint16_t>(all >> 16);
+        bits = static_cast<uint16_t>(x == x ? (all + 0x7FFF + (all >> 16 & 1)) >> 16 : 0x7FFF);
     }
 };
 inline float __bfloat162float(__nv_bfloat16 x) {
@@ -16,3 +16,4 @@ inline float __bfloat162float(__nv_bfloat16 x) {
     std::memcpy(&value, &all, 4);
     return value;
 }
+inline __nv_bfloat16 __float2bfloat16(float x) { return __nv_bfloat16(x); }
