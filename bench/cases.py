@@ -14,7 +14,13 @@ from torch.func import grad, vmap
 from hvpfast.patches import geometry, patches
 from hvpfast.testing import make_inputs
 
-_SIZES = {"gram": "n i", "softmax_hvp": "n o k", "kron_apply": "i o k", "kron_solve": "i o k"}
+_SIZES = {
+    "norm_sample_stats": "n t i",
+    "gram": "n i",
+    "softmax_hvp": "n o k",
+    "kron_apply": "i o k",
+    "kron_solve": "i o k",
+}
 
 
 class Row(NamedTuple):
@@ -132,6 +138,7 @@ ROWS: tuple[Row, ...] = (
     *(Row(op, 1, 1, 64, 64, layers=48) for op in ("kron_apply", "kron_solve")),
     *(Row("sample_dots", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (16, 128, 256, 1024, 10))),
     *(Row("weighted_grad", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (256, 1, 784, 512, 4))),
+    *(Row("norm_sample_stats", *shape) for shape in ((16, 128, 256), (32, 256, 768), (8, 1024, 1024), (256, 1, 512))),
     *(Row("softmax_hvp", n, o=o, k=k) for n, o, k in ((1024, 10, 1), (4096, 1000, 1), (1024, 10, 16), (128, 50257, 1))),
 )
 
@@ -194,6 +201,8 @@ def work(row: Row) -> tuple[int, int]:
         return 2 * count * sides * k * i * o * (i + o), count * (
             size * (o * o + i * i + values + k * i * o) + wide * k * i * o
         )
+    if row.op == "norm_sample_stats":
+        return 9 * m * t * i, size * (n + m) * t * i
     if row.op == "softmax_hvp":
         return 8 * m * t * o, size * (n * t * o + m * t * o) + wide * m * t * o
     raise ValueError(f"work: no row for {row.op}")
@@ -333,10 +342,36 @@ FORMULATIONS: dict[str, dict[str, Callable]] = {
             [(g * w[:, None, None]).flatten(0, 1).T @ _pairs(a, g).flatten(0, 1) for w in c.T]
         ),
     },
+    "norm_sample_stats": {
+        "torch einsum": lambda x, g, *, kind, eps: _norm_stats(x, g, eps),
+        "torch sample by sample": lambda x, g, *, kind, eps: _norm_stats_by_autograd(x, g, eps),
+    },
     "softmax_hvp": {
         "torch double backward": lambda logits, v, *, weight: _double_backward(logits, v, weight),
     },
 }
+
+
+def _both_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
+    squares = rows.square()
+    return squares.sum(1), squares.sum(0)
+
+
+def _norm_stats(x: Tensor, g: Tensor, eps: float) -> tuple[Tensor, ...]:
+    scale = torch.einsum("mti,mti->mi", g, _pairs(F.layer_norm(x, x.shape[2:], eps=eps), g))
+    (one, three), (two, four) = _both_sums(scale), _both_sums(g.sum(1))
+    return one, two, three, four
+
+
+def _norm_stats_by_autograd(x: Tensor, g: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """A scale and a shift for each sample, and the backward pass to them."""
+    scale, shift = (
+        torch.ones(len(g), 1, g.shape[2], device=g.device, dtype=g.dtype, requires_grad=True) for _ in range(2)
+    )
+    out = _pairs(F.layer_norm(x, x.shape[2:], eps=eps), g) * scale + shift
+    rows = torch.autograd.grad(out, (scale, shift), g)
+    (one, three), (two, four) = (_both_sums(row[:, 0]) for row in rows)
+    return one, two, three, four
 
 
 def _double_backward(logits: Tensor, v: Tensor, weight: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ def validate(report: Report, sizes: tuple, layouts: tuple, only: str) -> int:
                     report.add("validation", row)
                     said = row.get("refused", "ok") if not row["failures"] else f"FAILED {row['failures']}"
                     print(
-                        f"{op.name:<22}{backend:<8}{dtype:<6}{precision:<8}{row['cases']:>4} cases  {said}", flush=True
+                        f"{op.name:<24}{backend:<8}{dtype:<6}{precision:<8}{row['cases']:>4} cases  {said}", flush=True
                     )
                     failures += len(row["failures"])
     return failures

@@ -143,7 +143,7 @@ def op_times(
 
 def _converted(values):
     if isinstance(values, Tensor):
-        return values.bfloat16()
+        return values.bfloat16() if values.is_floating_point() else values
     return type(values)(map(_converted, values)) if isinstance(values, (tuple, list)) else values
 
 
@@ -156,6 +156,8 @@ def pair_times(op: str, n: int, t: int, i: int, o: int) -> Iterator[Timed]:
         args, modes = (a, g, torch.randn(o, i, device=DEVICE)), _OPERATOR
     elif op == "weighted_grad":
         args, modes = (a, g, torch.randn(n, device=DEVICE)), _OPERATOR
+    elif op == "sample_statistics":
+        args, size = (a, g, torch.randn(n, device=DEVICE)), size + 4 * i * o
     elif op == "rotated_second_moment":
         args = (a, g, *(torch.linalg.qr(torch.randn(f, f, device=DEVICE))[0] for f in (i, o)))
         products += n * t * (i * i + o * o)
@@ -223,6 +225,39 @@ def krylov_times(count: int, length: int) -> Iterator[Timed]:
             yield Timed(group, f"{backend} fp32", run, flops, size, "fp32")
 
 
+def norm_stats_times(n: int, t: int, i: int) -> Iterator[Timed]:
+    """LayerNorm's statistics, beside autograd's backward pass and a reduction of each sample's gradients."""
+    x, g = torch.randn(n, t, i, device=DEVICE), torch.randn(n, t, i, device=DEVICE)
+    group, size = f"norm_sample_stats N={n} T={t} I={i}", 4 * (x.numel() + g.numel())
+    for name, a, slope in (("fp32", x, g), ("bf16", x.bfloat16(), g.bfloat16())):
+        leaf = a.clone().requires_grad_()
+        scale, shift = (torch.ones(n, 1, i, device=DEVICE, dtype=a.dtype, requires_grad=True) for _ in range(2))
+        out = torch.nn.functional.layer_norm(leaf, (i,)) * scale + shift
+
+        def by_autograd(out=out, inputs=(scale, shift), slope=slope):
+            rows = torch.autograd.grad(out, inputs, slope, retain_graph=True)
+            return [x.float().square().sum(axes) for x in rows for axes in ((1, 2), (0, 1))]
+
+        yield Timed(
+            group, f"autograd and reduction {name}", by_autograd, 0, size if name == "fp32" else size / 2, "fp32"
+        )
+    yield from op_times("norm_sample_stats", group, (x, g), 4 * x.numel(), size, (("auto", 1),), kind="layer", eps=1e-5)
+    yield from op_times(
+        "bias_sample_stats", group.replace("norm", "bias"), (g,), g.numel() / 2, size / 2, (("auto", 1),)
+    )
+
+
+def lookup_times(n: int, t: int, rows: int, width: int) -> Iterator[Timed]:
+    g, indices = torch.randn(n, t, width, device=DEVICE), torch.randint(0, rows, (n, t), device=DEVICE)
+    shape, size = f"N={n} T={t} rows={rows} D={width}", 4 * g.numel()
+    modes = (("auto", 1),)
+    yield from op_times(
+        "embedding_sample_norms", f"embedding_sample_norms {shape}", (g, indices), g.numel(), size, modes
+    )
+    group, size = f"embedding_second_moment {shape}", size + 4 * rows * width
+    yield from op_times("embedding_second_moment", group, (g, indices, rows), g.numel(), size, modes)
+
+
 def kron_times(op: str, layers: int, features: int) -> Iterator[Timed]:
     def draw() -> list[Tensor]:
         return [torch.randn(features, features, device=DEVICE) / features**0.5 for _ in range(layers)]
@@ -234,7 +269,7 @@ def kron_times(op: str, layers: int, features: int) -> Iterator[Timed]:
     yield from op_times(op, f"{op} layers={layers} I=O={features}", args, products, size, _CHAIN)
 
 
-PAIRS = ("second_moment", "rotated_second_moment", "weighted_grad", "sample_dots", "sample_grads")
+PAIRS = ("second_moment", "sample_statistics", "rotated_second_moment", "weighted_grad", "sample_dots", "sample_grads")
 ALL: tuple[tuple[Callable, tuple], ...] = (
     (gram_times, GRAM),
     (norms_times, NORMS),
@@ -250,6 +285,8 @@ ALL: tuple[tuple[Callable, tuple], ...] = (
     )),
     (eigh_times, ((3, 40),) if REHEARSAL else ((256, 32), (256, 64), (500, 100), (48, 512))),
     (krylov_times, ((3, 40),) if REHEARSAL else ((8, 1 << 26), (64, 1 << 24), (400, 1 << 21))),
+    (norm_stats_times, ((3, 4, 16),) if REHEARSAL else ((32, 1024, 4096), (64, 256, 768), (8, 4096, 8192))),
+    (lookup_times, ((3, 4, 5, 16),) if REHEARSAL else ((32, 1024, 50257, 768), (256, 128, 30522, 1024))),
     (kron_times, tuple((op, 2, 20) for op in ("kron_apply", "kron_solve")) if REHEARSAL else tuple(
         (op, 48, features) for op in ("kron_apply", "kron_solve") for features in (256, 1024)
     )),

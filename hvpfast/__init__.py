@@ -6,6 +6,7 @@ from hvpfast.capture import (
     StateError,
     clipped_grad,
     grad_second_moment,
+    grad_statistics,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_gram,

@@ -83,9 +83,10 @@ def _hold(actual: Tensor, truth: Tensor, working: Tensor, dtype: torch.dtype, fl
 
 
 def _converted(values, dtype: torch.dtype | None):
-    """Copies of tensors (in `dtype` where given), inside tuples, lists and dicts too; anything else unchanged."""
+    """Copies of tensors (floating ones in `dtype` where given), inside tuples, lists and dicts too; anything else unchanged."""
     if isinstance(values, Tensor):
-        return values.detach().clone() if dtype is None else values.detach().to(dtype, copy=True)
+        whole = dtype is None or not values.is_floating_point()
+        return values.detach().clone() if whole else values.detach().to(dtype, copy=True)
     if isinstance(values, dict):
         return {name: _converted(value, dtype) for name, value in values.items()}
     if isinstance(values, (tuple, list)):
@@ -98,16 +99,21 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
     if layout == "contiguous" or x.dim() == 0:
         return x.contiguous()
     if layout == "strided":  # every second element of the last axis
-        wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), math.nan, dtype=x.dtype, device=x.device)
+        wide = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), _poison(x))
         wide[..., ::2] = x
         return wide[..., ::2]
     if layout == "transposed":  # the last axis is the slowest
         return x.permute(-1, *range(x.dim() - 1)).contiguous().permute(*range(1, x.dim()), 0)
     if layout == "offset":  # rows longer than they need be, and a base address off every alignment
-        wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), math.nan, dtype=x.dtype, device=x.device)
+        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), _poison(x))
         wide[..., 1 : 1 + x.shape[-1]] = x
         return wide[..., 1 : 1 + x.shape[-1]]
     raise ValueError(f"laid_out: got {layout!r}; it must be one of {', '.join(LAYOUTS)}")
+
+
+def _poison(x: Tensor) -> float | int:
+    """What nobody should read."""
+    return math.nan if x.is_floating_point() else -(1 << 40)
 
 
 def make_inputs(
@@ -145,6 +151,10 @@ def make_inputs(
         basis = torch.randn(length, min(o + k, length // 2), generator=generator, dtype=torch.float64)
         return (draw(length), laid_out(torch.linalg.qr(basis)[0].T.to(dtype).to(device), layout)), {}
 
+    def lookup() -> tuple[Tensor, Tensor]:
+        found = torch.randint(0, max(1, i), (n, t), generator=generator)
+        return draw(k * n, t, o), laid_out(found.to(device), layout)
+
     wide = ops.accumulate_dtype(dtype)
     recipes: dict[str, Callable[[], tuple[tuple, dict]]] = {
         "gram": lambda: ((draw(n, t, i),), {}),
@@ -153,12 +163,17 @@ def make_inputs(
         "sample_dots": lambda: ((*pair(), draw(k, o, i)), {}),
         "weighted_grad": lambda: ((*pair(), draw(k * n, 2)), {}),
         "second_moment": lambda: (pair(), {}),
+        "sample_statistics": lambda: ((*pair(), draw(k * n)), {}),
         "conv_gram": lambda: ((draw(n, i, t + 2, 5), 3), {"padding": 1}),
         "rotated_second_moment": lambda: ((*pair(), draw(i, i), draw(o, o)), {}),
         "sample_gram": lambda: (pair(), {}),
         "kron_apply": lambda: ((draw(o, o), draw(k, o, i), draw(i, i)), {}),
         "kron_solve": lambda: ((draw(k, o, i), draw(o, o), draw(i, i), draw(o, i).square(), 0.5), {}),
         "softmax_hvp": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t)}),
+        "norm_sample_stats": lambda: ((draw(n, t, i), draw(k * n, t, i)), {"kind": "layer", "eps": 1e-3}),
+        "bias_sample_stats": lambda: ((draw(n, t, o),), {}),
+        "embedding_sample_norms": lambda: (lookup(), {}),
+        "embedding_second_moment": lambda: ((*lookup(), i + 1), {}),
         "reorthogonalize": krylov,
         "softmax_root": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t).abs_()}),
         "softmax_sample": lambda: ((draw(n, t, o), uniform(k, n, t)), {"weight": draw(n, t).abs_()}),

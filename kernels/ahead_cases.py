@@ -90,7 +90,11 @@ def _moments_cases() -> Iterator[Case]:
         }
         function = moments._samples_kernel if route == "samples" else moments._rows_kernel
         if route == "samples":
-            asked = ["squares"] + ["weighted"] * (product == "exact") + ["all"] * (key in ("exact", "bf16x3", "bf16x6"))
+            asked = (
+                ["all"] * (key in ("exact", "bf16x3", "bf16x6", "ieee"))
+                + ["weighted"] * (product == "exact")
+                + ["squares"]
+            )
             variants = [
                 (what, {}, even) for what in asked for even in (("even",) if "-short" in key else ("even", "odd"))
             ]

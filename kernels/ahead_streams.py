@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from . import softmax_hvp, softmax_sample
+from . import embedding_sample_norms, norm_sample_stats, softmax_hvp, softmax_sample
 from .ahead_case import POINTERS, Case
 from .tiles import Tile
 
@@ -51,4 +51,31 @@ def _sample_cases() -> Iterator[Case]:
         yield Case("softmax-sample", "bf16", name, function, types, mine, known, _PLAIN, False)
 
 
-MADE = (_softmax_cases, _sample_cases)
+def _stats_cases() -> Iterator[Case]:
+    of = norm_sample_stats
+    results = dict.fromkeys(("norms_ptr", "squares_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"), "*fp32") | {"eps": "fp32"}
+    last = ("stride_xn", "stride_xt", "stride_gm", "stride_gt", "i_all")
+    plain = {"SCALE": True, "KIND": 0, "MEAN": False, "RSTD": False, "SUMS": False}
+    tile = {"POSITIONS": of.ELEMENTS // of.FEATURES, "FEATURES": of.FEATURES}
+    for dtype, name, known, flags in (
+        ("fp32", "layer-8192", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": of.WHOLE}),
+        ("bf16", "layer-4096", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": 4096}),
+        ("bf16", "rms-512-sums", last, {"KIND": 2, "SUMS": True, "POSITIONS": 4, "FEATURES": 512}),
+        ("bf16", "given-channels", ("stride_xn", "stride_xi", "stride_gm", "stride_gi"),
+         {"MEAN": True, "RSTD": True, "POSITIONS": of.FEATURES, "FEATURES": of.ELEMENTS // of.FEATURES}),
+        ("fp32", "shift", last, {"SCALE": False, **tile}),
+    ):  # fmt: skip
+        types = dict.fromkeys(("x_ptr", "g_ptr"), POINTERS[dtype]) | results
+        unit = ("stride_xt", "stride_gt") if name == "given-channels" else ("stride_xi", "stride_gi")
+        constants = dict.fromkeys(unit, 1) | plain | flags
+        warps = Tile(0, 0, of.warps(flags["FEATURES"]), 3, 0)
+        yield Case("norm-stats", dtype, name, of._stats_kernel, types, constants, known, warps, False)
+    of = embedding_sample_norms
+    types = {"g_ptr": "*bf16", "order_ptr": "*i64", "index_ptr": "*i64", "bounds_ptr": "*i64", "out_ptr": "*fp32"}
+    for name, norms in (("norms", True), ("moment", False)):
+        constants = {"NORMS": norms, "TOGETHER": of.TOGETHER, "FEATURES": of.FEATURES, "stride_gd": 1}
+        known = ("stride_gm", "stride_gt", "d_all")
+        yield Case("embedding", "bf16", name, of._runs_kernel, types, constants, known, _PLAIN, False)
+
+
+MADE = (_softmax_cases, _sample_cases, _stats_cases)

@@ -16,6 +16,11 @@ from hvpfast.kernels.native_cuda import (  # noqa: F401 (re-exported: dispatch l
     cuda_reorthogonalize_supports,
     cuda_reorthogonalize_worthwhile,
 )
+from hvpfast.kernels.native_stats import (  # noqa: F401 (re-exported)
+    cpu_norm_sample_stats,
+    cpu_norm_sample_stats_supports,
+    cpu_norm_sample_stats_worthwhile,
+)
 
 # C++ kernels for the CPU ----------------------------------------------------------------------------------------------
 

@@ -173,6 +173,13 @@ def _second_moment(a, g, *, out=None):
     return sum((grad**2 for grad in _own_gradients(a, g)), torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype))
 
 
+def _sample_statistics(a, g, c=None):
+    grads = _own_gradients(a, g)
+    none = torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype)
+    weighted = sum((weight * grad for weight, grad in zip(c, grads, strict=True)), none)
+    return _stack([(grad**2).sum() for grad in grads]), weighted, sum((grad**2 for grad in grads), none)
+
+
 def _rotated_second_moment(a, g, qa, qg, *, out=None):
     total = torch.zeros(g.shape[2], a.shape[2], dtype=a.dtype)
     return sum(((qg.T @ grad @ qa) ** 2 for grad in _own_gradients(a, g)), total)
@@ -249,6 +256,48 @@ def _softmax_sample(logits, uniform, *, weight=None):
     return result
 
 
+def _norms_and_squares(rows, features):
+    rows = _stack(rows, features)
+    return (rows**2).sum(1), (rows**2).sum(0)
+
+
+def _norm_sample_stats(x, g, *, kind=None, eps=0.0, mean=None, rstd=None):
+    """Gradients of a scale and a shift applied to the normalised input, by autograd."""
+    scales, shifts, features = [], [], x.shape[2]
+    for m in range(len(g)):
+        scale, shift = (torch.ones(features, dtype=x.dtype, requires_grad=True) for _ in range(2))
+        rows = x[m % len(x)]
+        if kind == "layer":
+            rows = rows - rows.mean(1, keepdim=True)
+        if kind is not None:
+            rows = rows / ((rows**2).mean(1, keepdim=True) + eps).sqrt()
+        both = torch.autograd.grad(((scale * rows + shift) * g[m]).sum(), (scale, shift))
+        scales.append(both[0]), shifts.append(both[1])
+    (one, two), (three, four) = _norms_and_squares(scales, features), _norms_and_squares(shifts, features)
+    return one, three, two, four
+
+
+def _bias_sample_stats(g):
+    return _norms_and_squares([sum(row, torch.zeros(g.shape[2], dtype=g.dtype)) for row in g], g.shape[2])
+
+
+def _tables(g, indices, rows):
+    found = []
+    for m in range(len(g)):
+        table = torch.zeros(rows, g.shape[2], dtype=g.dtype, requires_grad=True)
+        found.append(torch.autograd.grad((F.embedding(indices[m % len(indices)], table) * g[m]).sum(), table)[0])
+    return found
+
+
+def _embedding_sample_norms(g, indices):
+    rows = int(indices.max()) + 1 if indices.numel() else 1
+    return _stack([(table**2).sum() for table in _tables(g, indices, rows)])
+
+
+def _embedding_second_moment(g, indices, rows):
+    return sum((table**2 for table in _tables(g, indices, rows)), torch.zeros(rows, g.shape[2], dtype=g.dtype))
+
+
 TRUTHS = {
     "gram": _gram,
     "conv_gram": _conv_gram,
@@ -257,12 +306,17 @@ TRUTHS = {
     "sample_dots": _sample_dots,
     "weighted_grad": _weighted_grad,
     "second_moment": _second_moment,
+    "sample_statistics": _sample_statistics,
     "rotated_second_moment": _rotated_second_moment,
     "sample_gram": _sample_gram,
     "kron_apply": _kron_apply,
     "kron_solve": _kron_solve,
     "softmax_hvp": _softmax_hvp,
     "reorthogonalize": _reorthogonalize,
+    "norm_sample_stats": _norm_sample_stats,
+    "bias_sample_stats": _bias_sample_stats,
+    "embedding_sample_norms": _embedding_sample_norms,
+    "embedding_second_moment": _embedding_second_moment,
     "softmax_root": _softmax_root,
     "softmax_sample": _softmax_sample,
 }

@@ -164,7 +164,7 @@ def test_results_are_wide_and_fresh(name):
         kwargs.pop("out", None)
         result, *others = pieces(dispatch.OPS[name](*args, **kwargs))
         assert result.dtype == (torch.float64 if dtype is torch.float64 else torch.float32)
-        assert all(x.dtype is torch.float64 for x in others)
+        assert all(x.dtype in (result.dtype, torch.float64) for x in others)
         assert all(result.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for x in tensors(args, {}))
 
 
@@ -243,15 +243,17 @@ def test_non_finite_input_shows(name, backend, value):
 A, G = torch.zeros(4, 2, 5), torch.zeros(8, 2, 3)
 PAIRED = (
     "sample_grads", "sample_norms_squared", "sample_dots", "weighted_grad", "second_moment", "rotated_second_moment",
-    "sample_gram",
+    "sample_gram", "sample_statistics",
 )  # fmt: skip
 O, I, V = torch.zeros(3, 3), torch.zeros(5, 5), torch.zeros(3, 5)
 THIRD = {
     "sample_dots": (torch.zeros(3, 5),),
     "weighted_grad": (torch.zeros(8),),
+    "sample_statistics": (torch.zeros(8),),
     "rotated_second_moment": (torch.zeros(5, 5), torch.zeros(3, 3)),
 }
 IMAGE = torch.zeros(2, 4, 6, 6)
+LOOKUP = torch.zeros(4, 2, dtype=torch.int64)
 BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("gram", ([[1.0]],), {}, TypeError, "x is a list; it must be a torch.Tensor"),
     ("gram", (torch.zeros(2, 3, dtype=torch.int64),), {}, TypeError, "x is torch.int64; .* convert it first"),
@@ -278,6 +280,13 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("sample_dots", (A, G, torch.zeros(3, 5).double()), {}, TypeError, "a is torch.float32 but w is torch.float64"),
     ("weighted_grad", (A, G, torch.zeros(4)), {}, ValueError, r"c has shape \(4,\); .* with M = 8"),
     ("weighted_grad", (A, G, torch.zeros(8, 1, 1)), {}, ValueError, r"c has shape \(8, 1, 1\)"),
+    (
+        "sample_statistics",
+        (A, G, torch.zeros(8, 1)),
+        {},
+        ValueError,
+        r"c has shape \(8, 1\); it must be \(M,\) with M = 8",
+    ),
     ("rotated_second_moment", (A, G, O, O), {}, ValueError, r"qa has shape \(3, 3\); it must be \(5, 5\)"),
     ("rotated_second_moment", (A, G, I, I), {}, ValueError, r"qg has shape \(5, 5\); it must be \(3, 3\)"),
     ("rotated_second_moment", (A, G, I.half(), O), {}, TypeError, "a is torch.float32 but qa is torch.float16"),
@@ -316,6 +325,27 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("softmax_sample", (A, A), {}, ValueError, r"logits have shape \(4, 2, 5\) and uniform \(4, 2, 5\)"),
     ("softmax_sample", (A, A[0, 0, 0]), {}, ValueError, r"uniform \(\); they must be"),
     ("softmax_sample", (A, A[..., 0]), {"weight": A}, ValueError, r"weight has shape \(4, 2, 5\); it must be \(4, 2\)"),
+    ("norm_sample_stats", (A, G), {}, ValueError, "x has 5 features but g has 3"),
+    ("norm_sample_stats", (A, A[:3]), {}, ValueError, "a has 4 rows but g has 3"),
+    ("norm_sample_stats", (A, A), {"kind": "batch"}, ValueError, "kind is 'batch'; it must be None, 'layer' or 'rms'"),
+    ("norm_sample_stats", (A, A), {"kind": "rms", "rstd": A}, ValueError, "rstd is given and kind is 'rms'"),
+    ("norm_sample_stats", (A, A), {"mean": A[0]}, ValueError, r"mean has shape \(2, 5\); it must be \(4, 2, 5\), or 1"),
+    ("norm_sample_stats", (A, A), {"rstd": A.half()}, TypeError, "x is torch.float32 but rstd is torch.float16"),
+    ("bias_sample_stats", (A[0],), {}, ValueError, r"g has shape \(2, 5\); it must be \(M, T, O\)"),
+    ("bias_sample_stats", (A.long(),), {}, TypeError, "g is torch.int64"),
+    *(
+        (name, (g, indices, *rest), {}, kind, message)
+        for name, rest in (("embedding_sample_norms", ()), ("embedding_second_moment", (7,)))
+        for g, indices, kind, message in (
+            (G, A[:, :, 0], TypeError, "indices is torch.float32; it must be a tensor of an integer dtype"),
+            (G, [[0, 1]], TypeError, "indices is list"),
+            (G, LOOKUP.to("meta"), ValueError, "g is on cpu but indices is on meta"),
+            (G, LOOKUP[:, :1], ValueError, r"g has shape \(8, 2, 3\) and indices \(4, 1\); they must be \(M, T, D\)"),
+            (G, LOOKUP[:3], ValueError, r"indices \(3, 2\); M must be a multiple of N"),
+            (G.long(), LOOKUP, TypeError, "g is torch.int64"),
+        )
+    ),
+    ("embedding_second_moment", (G, LOOKUP, -1), {}, ValueError, "rows is -1"),
     *(
         (name, (*pair, *THIRD.get(name, ())), {}, kind, f"{name}: {message}")
         for name in PAIRED

@@ -74,6 +74,16 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         softmax_hvp(x, reinterpret_cast<void*>(out), threads);
     });
+    // `how`: (kind, eps, mean, rstd, their strides over samples and over positions or features, one pair after the other, by feature).
+    m.def("norm_sample_stats", [](uintptr_t x, py::tuple x_shape, py::tuple x_strides, uintptr_t g, py::tuple g_shape, py::tuple g_strides,
+                                  int dtype, py::tuple how, uintptr_t norms, uintptr_t squares, int threads) {
+        const Batch inputs = batch(x, dtype, x_shape, x_strides), grads = batch(g, dtype, g_shape, g_strides);
+        const auto at = [&](int index) { return py::cast<int64_t>(how[size_t(index)]); };
+        const Normalised normalised{int(at(0)), py::cast<double>(how[1]), reinterpret_cast<const void*>(py::cast<uintptr_t>(how[2])),
+                                    reinterpret_cast<const void*>(py::cast<uintptr_t>(how[3])), at(4), at(5), at(6), at(7), at(8) != 0};
+        py::gil_scoped_release release;
+        norm_sample_stats(inputs, grads, normalised, reinterpret_cast<void*>(norms), reinterpret_cast<void*>(squares), threads);
+    });
     // `axes`: three of (size, kernel, stride, dilation, padding before, positions), unused ones first; `strides` of x.
     m.def("conv_gram", [](uintptr_t x, int dtype, int64_t batch, int64_t groups, int64_t channels, py::tuple axes, py::tuple strides, double alpha,
                           double beta, uintptr_t out, py::tuple out_strides, int precision, int threads, int form) {

@@ -2,6 +2,7 @@
 #include "engine.hpp"
 #include "rowwise.hpp"
 #include "scalar.hpp"
+#include "summing.hpp"
 
 #if HVPFAST_X86
 #include <immintrin.h>
@@ -15,6 +16,7 @@
 namespace hvpfast {
 #include "engine_body.hpp"
 #include "rowwise_body.hpp"
+#include "summing_body.hpp"
 namespace {
 
 struct Float256 {
@@ -109,6 +111,8 @@ Engine<float> engine_avx2_f32() { return Body<Float256>::engine(Tier::avx2); }
 Engine<double> engine_avx2_f64() { return Body<Double256>::engine(Tier::avx2); }
 Rowwise<float> rowwise_avx2_f32() { return RowBody<Float256>::kernels(); }
 Rowwise<double> rowwise_avx2_f64() { return RowBody<Double256>::kernels(); }
+Summing<float> summing_avx2_f32() { return SummingBody<Float256>::kernels(); }
+Summing<double> summing_avx2_f64() { return SummingBody<Double256>::kernels(); }
 
 }  // namespace hvpfast
 

@@ -2,6 +2,7 @@
 #include "engine.hpp"
 #include "rowwise.hpp"
 #include "scalar.hpp"
+#include "summing.hpp"
 
 #if HVPFAST_X86
 #include <immintrin.h>
@@ -17,6 +18,7 @@
 namespace hvpfast {
 #include "engine_body.hpp"
 #include "rowwise_body.hpp"
+#include "summing_body.hpp"
 #include "transpose512.hpp"
 namespace {
 
@@ -98,6 +100,8 @@ Engine<float> engine_avx512_f32() { return Body<Float512>::engine(Tier::avx512);
 Engine<double> engine_avx512_f64() { return Body<Double512>::engine(Tier::avx512); }
 Rowwise<float> rowwise_avx512_f32() { return RowBody<Float512>::kernels(); }
 Rowwise<double> rowwise_avx512_f64() { return RowBody<Double512>::kernels(); }
+Summing<float> summing_avx512_f32() { return SummingBody<Float512>::kernels(); }
+Summing<double> summing_avx512_f64() { return SummingBody<Double512>::kernels(); }
 
 }  // namespace hvpfast
 

@@ -4,10 +4,12 @@
 #include "engine.hpp"
 #include "rowwise.hpp"
 #include "scalar.hpp"
+#include "summing.hpp"
 
 namespace hvpfast {
 #include "engine_body.hpp"
 #include "rowwise_body.hpp"
+#include "summing_body.hpp"
 namespace {
 
 template <class Number>
@@ -93,5 +95,7 @@ Engine<float> engine_portable_f32() { return Body<Plain<float>>::engine(Tier::po
 Engine<double> engine_portable_f64() { return Body<Plain<double>>::engine(Tier::portable); }
 Rowwise<float> rowwise_portable_f32() { return RowBody<Plain<float>>::kernels(); }
 Rowwise<double> rowwise_portable_f64() { return RowBody<Plain<double>>::kernels(); }
+Summing<float> summing_portable_f32() { return SummingBody<Plain<float>>::kernels(); }
+Summing<double> summing_portable_f64() { return SummingBody<Plain<double>>::kernels(); }
 
 }  // namespace hvpfast

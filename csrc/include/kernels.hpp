@@ -44,6 +44,19 @@ struct SoftmaxRows {
 // out = weight (diag(p) - p p') v for each row of logits, shaped like v, contiguous.
 void softmax_hvp(const SoftmaxRows& x, void* out, int threads);
 
+// How a norm layer's input (N, T, I) is normalised: `kind` 1: by the mean and variance of each position, 2: by its mean square,
+// 0: (x - mean) rstd, of the type summed in, or null; with `by_feature` one for each sample and feature, else each position.
+struct Normalised {
+    int kind;
+    double eps;
+    const void *mean, *rstd;
+    int64_t mean_batch, mean_each, rstd_batch, rstd_each;  // strides
+    bool by_feature;
+};
+
+// norms (2, M) and squares (2, I), contiguous: of sum_t g_mt o x^_nt and of sum_t g_mt, n = m % N.
+void norm_sample_stats(const Batch& x, const Batch& g, const Normalised& how, void* norms, void* squares, int threads);
+
 // A convolution's input (batch, groups * channels, three spatial axes; unused axes have size and kernel 1) and geometry.
 struct Convolution {
     const void* data;

@@ -4,6 +4,7 @@ from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.quantities import (
     clipped_grad,
     grad_second_moment,
+    grad_statistics,
     per_sample_grad_norms,
     per_sample_grads,
     per_sample_gram,

@@ -68,4 +68,5 @@ def _normal(x: Tensor, shape: torch.Size, own: torch.Size) -> Normal:
         lambda g: g.reshape(1, g.shape[0], -1, features),
         "scale",
         positions=shape[1 : len(shape) - len(own)].numel(),
+        scaled=lambda: (x.expand(shape).reshape(shape[0], -1, features), {}),
     )

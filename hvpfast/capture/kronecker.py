@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvpfast import ops
 from hvpfast.capture.layers import Image, Normal
-from hvpfast.capture.sites import LookupSite
+from hvpfast.capture.lookups import LookupSite
 from hvpfast.patches import geometry, patches
 
 _CHUNK = 1 << 20  # elements of the patches of one chunk, as in `sites.PatchSite`

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hvpfast.arguments import accumulate_dtype
+
 
 @dataclass(frozen=True)
 class Image:
@@ -47,6 +49,7 @@ class Normal:
         skips: of "rows", the index whose row gets no gradient.
         kronecker: from the output's spatial extents, the form that Kronecker factors are made from, where it is not this
             one: a position is an output pixel.
+        scaled: of "scale", () -> (x (N, T, I), how `ops.norm_sample_stats` normalises it).
     """
 
     inputs: Callable[..., Tensor]
@@ -59,11 +62,12 @@ class Normal:
     image: Image | None = None
     skips: int | None = None
     kronecker: Callable[[Sequence[int]], Normal] | None = None
+    scaled: Callable[[], tuple[Tensor, dict]] | None = None
 
     def of_gradients(self) -> Normal:
         """The same without the layer's input, whose memory it no longer holds: it reads gradients only."""
         image = None if self.image is None else replace(self.image, x=self.image.x.new_empty(0))
-        return replace(self, inputs=_let_go, image=image, kronecker=None)
+        return replace(self, inputs=_let_go, image=image, kronecker=None, scaled=None)
 
 
 def _let_go(*arguments: object) -> Tensor:
@@ -249,6 +253,7 @@ def layer_norm(module: nn.LayerNorm, x: Tensor) -> Normal:
         lambda: _features_last(F.layer_norm(x, module.normalized_shape, eps=module.eps), features),
         lambda g: _features_last(g, features),
         "scale",
+        scaled=lambda: (_features_last(x, features)[0], {"kind": "layer", "eps": module.eps}),
     )
 
 
@@ -256,17 +261,29 @@ def layer_norm(module: nn.LayerNorm, x: Tensor) -> Normal:
 def rms_norm(module: nn.RMSNorm, x: Tensor) -> Normal:
     """(N, ..., *features): scale of the features over their root mean square."""
     features = torch.Size(module.normalized_shape).numel()
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
     return Normal(
         lambda: _features_last(F.rms_norm(x, module.normalized_shape, eps=module.eps), features),
         lambda g: _features_last(g, features),
         "scale",
+        scaled=lambda: (_features_last(x, features)[0], {"kind": "rms", "eps": eps}),
     )
 
 
 @layer(nn.GroupNorm)
 def group_norm(module: nn.GroupNorm, x: Tensor) -> Normal:
     """(N, C, *spatial): scale and shift of each channel, normalised within its group."""
-    return Normal(lambda: _channels(F.group_norm(x, module.num_groups, eps=module.eps)), _channels, "scale")
+
+    def scaled() -> tuple[Tensor, dict]:
+        each = x.reshape(x.shape[0], module.num_groups, -1)
+        variance, mean = torch.var_mean(each.to(accumulate_dtype(x.dtype)), 2, correction=0)  # (N, groups)
+        per = x.shape[1] // module.num_groups
+        mean, rstd = (y.repeat_interleave(per, 1).unsqueeze(1) for y in (mean, (variance + module.eps).rsqrt()))
+        return _channels(x)[0], {"mean": mean, "rstd": rstd}
+
+    return Normal(
+        lambda: _channels(F.group_norm(x, module.num_groups, eps=module.eps)), _channels, "scale", scaled=scaled
+    )
 
 
 @layer(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -276,7 +293,13 @@ def batch_norm(module: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Normal:
     def normalised() -> Tensor:
         return _channels(F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps))
 
-    return Normal(normalised, _channels, "scale")
+    def scaled() -> tuple[Tensor, dict]:
+        mean, variance = (y.to(accumulate_dtype(y.dtype)) for y in (module.running_mean, module.running_var))
+        wide = accumulate_dtype(x.dtype)
+        mean, rstd = (y.to(wide)[None, None] for y in (mean, (variance + module.eps).rsqrt()))
+        return _channels(x)[0], {"mean": mean, "rstd": rstd}
+
+    return Normal(normalised, _channels, "scale", scaled=scaled)
 
 
 @layer(nn.Embedding)

@@ -112,7 +112,10 @@ def per_sample_grads(
 
 
 def _norms(who: str, names: tuple[str, ...], sites: list[Site], scale: float) -> Tensor:
-    squares = [site.norms_squared() for site in sites]
+    return _norms_of(who, names, [site.norms_squared() for site in sites], scale)
+
+
+def _norms_of(who: str, names: tuple[str, ...], squares: list[Tensor], scale: float) -> Tensor:
     total = sum(squares)
     if not finite(total):
         for name, square in zip(names, squares, strict=True):
@@ -195,6 +198,39 @@ def grad_second_moment(
             moment = moment if scale == 1 else moment * scale**2
             total[name] = total[name].add_(moment) if name in total else moment
     return total
+
+
+@_documented
+def grad_statistics(
+    model: nn.Module | record,
+    loss: object = None,
+    batch: object = None,
+    *,
+    params: object = None,
+    reduction: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """What gradient noise is made of, together: the sum of the per-sample gradients, their elementwise second moments and
+    their norms. On a GPU one kernel a layer gives all three.
+
+    @ARGUMENTS
+        chunk_size: samples run through the model at a time; None for all.
+
+    Returns:
+        ({name: sum_n g_n}, {name: sum_n g_n o g_n}, (N,) norms), sums over samples: the variance of a coordinate is the
+        second over N less the square of the first over N. Samples and errors as for `per_sample_grads`.
+    """
+    totals: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
+    every: list[Tensor] = []
+    for names, sites, scale in _chunks("grad_statistics", model, loss, batch, params, reduction, chunk_size):
+        norms, *sums = zip(*(site.statistics() for site in sites), strict=True)
+        every.append(_norms_of("grad_statistics", names, list(norms), scale))
+        for total, parts, factor in zip(totals, sums, (scale, scale**2), strict=True):
+            for name, part in zip(names, parts, strict=True):
+                _require_finite(part, "grad_statistics", name)
+                part = part if factor == 1 else part * factor
+                total[name] = total[name].add_(part) if name in total else part
+    return *totals, torch.cat(every)
 
 
 @_documented

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hvpfast.autocast import as_the_user_has_it
 from hvpfast.capture.data import Batch, call, tensors_in
 from hvpfast.capture.problem import Problem
-from hvpfast.capture.sites import DenseSite, Site
+from hvpfast.capture.site import DenseSite, Site
 from hvpfast.capture.state import preserved
 from hvpfast.capture.tape import recording
 

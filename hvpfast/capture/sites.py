@@ -5,6 +5,8 @@ Uses of one weight stand side by side along T, which sums over them exactly (tie
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor
 from hvpfast import ops
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal
+from hvpfast.capture.lookups import LookupSite, TiedSite
+from hvpfast.capture.site import DenseSite, EmptySite, Site, SummedSite, widened
 
 # Kinds of uses that one weight may have together: a table of embeddings and a Linear.
 TIED = {"rows", "linear"}
@@ -20,70 +24,22 @@ TIED = {"rows", "linear"}
 Use = tuple[Normal, Tensor]  # one call's normal form, and the gradient (M, *output) at its output
 
 
-class Site:
-    """One parameter of `shape`, with M per-sample gradient rows; K below counts directions or sums.
+class _Scaling:
+    """One call of a norm layer: what its scale and its shift need, in one pass over the input and the gradient."""
 
-    Attributes:
-        rows: M; 0 if no data reach the parameter.
-    """
+    def __init__(self, normal: Normal, grad: Tensor):
+        self._normal, self._grad = normal, grad
 
-    def __init__(self, shape: tuple[int, ...], rows: int):
-        self.shape, self.rows = shape, rows
-
-    def tensors(self) -> list[Tensor]:
-        """What the site keeps alive."""
-        raise NotImplementedError
-
-    def sample_grads(self) -> Tensor:
-        """(M, *shape)"""
-        raise NotImplementedError
-
-    def norms_squared(self) -> Tensor:
-        """(M,)"""
-        raise NotImplementedError
-
-    def dots(self, w: Tensor) -> Tensor:
-        """Inner products with K directions (K, *shape) -> (M, K)."""
-        raise NotImplementedError
-
-    def weighted(self, c: Tensor) -> Tensor:
-        """Weighted sums (M, K) -> (K, *shape)."""
-        raise NotImplementedError
-
-    def second_moment(self) -> Tensor:
-        """Sum of squares, `shape`."""
-        raise NotImplementedError
-
-    def gram(self) -> Tensor:
-        """Inner products of the rows' gradients, (M, M)."""
-        flat = self.sample_grads().reshape(self.rows, -1)
-        return flat @ flat.T
+    @functools.cached_property
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        (x, how), g = self._normal.scaled(), self._normal.grads(self._grad)[0]
+        if x.dtype is not g.dtype:  # autocast
+            x, g = widened(x), widened(g)
+        return ops.norm_sample_stats(x, g, **how)
 
 
-class DenseSite(Site):
-    """Gradient rows held as they are, (M, p): biases, scales, and whatever came from autograd."""
-
-    def __init__(self, shape: tuple[int, ...], flat: Tensor):
-        super().__init__(shape, flat.shape[0])
-        self.flat = flat
-
-    def tensors(self) -> list[Tensor]:
-        return [self.flat]
-
-    def sample_grads(self) -> Tensor:
-        return self.flat.reshape(-1, *self.shape)
-
-    def norms_squared(self) -> Tensor:
-        return self.flat.square().sum(1)
-
-    def dots(self, w: Tensor) -> Tensor:
-        return self.flat @ w.reshape(w.shape[0], -1).T.to(self.flat.dtype)
-
-    def weighted(self, c: Tensor) -> Tensor:
-        return (c.T.to(self.flat.dtype) @ self.flat).reshape(-1, *self.shape)
-
-    def second_moment(self) -> Tensor:
-        return self.flat.square().sum(0).reshape(self.shape)
+# By the ids of a call's normal form and gradient, which an entry keeps alive: a scale and its shift find each other.
+_scalings: weakref.WeakValueDictionary[tuple[int, int], _Scaling] = weakref.WeakValueDictionary()
 
 
 class LinearSite(Site):
@@ -124,6 +80,12 @@ class LinearSite(Site):
 
     def second_moment(self) -> Tensor:
         return self._gather([ops.second_moment(a, g).unsqueeze(0) for a, g in self.groups])[0]
+
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self.groups[0][0].is_cpu:  # where each has a kernel of its own, and no one has all three
+            return super().statistics()
+        norms, sums, squares = zip(*(ops.sample_statistics(a, g) for a, g in self.groups), strict=True)
+        return sum(norms), *(self._gather([one.unsqueeze(0) for one in parts])[0] for parts in (sums, squares))
 
 
 class PatchSite(Site):
@@ -192,101 +154,14 @@ class PatchSite(Site):
     def second_moment(self) -> Tensor:
         return self._summed(lambda site, _: site.second_moment())
 
-
-class LookupSite(Site):
-    """An embedding's weight (V, D): row indices (N, T) and gradients (M, T, D); never an (M, V, D) array unless asked."""
-
-    def __init__(self, shape: tuple[int, ...], indices: Tensor, g: Tensor):
-        super().__init__(shape, g.shape[0])
-        self.indices, self.g = indices, g
-
-    def tensors(self) -> list[Tensor]:
-        return [self.indices, self.g]
-
-    def _indices(self) -> Tensor:
-        """(M, T): row m looks up what sample m % N does."""
-        return self.indices.repeat(self.rows // max(1, self.indices.shape[0]), 1)
-
-    def _summed(self) -> tuple[Tensor, Tensor]:
-        """The distinct (row, index) pairs as row * V + index, (U,), and the sum of gradients of each, (U, D)."""
-        v, d = self.shape
-        keys = self._indices() + v * torch.arange(self.rows, device=self.g.device).unsqueeze(1)
-        distinct, place = keys.reshape(-1).unique(return_inverse=True)
-        return distinct, self.g.new_zeros(distinct.numel(), d).index_add_(0, place, self.g.reshape(-1, d))
-
-    def sample_grads(self) -> Tensor:
-        v, d = self.shape
-        keys, sums = self._summed()
-        return self.g.new_zeros(self.rows * v, d).index_copy_(0, keys, sums).reshape(self.rows, v, d)
-
-    def norms_squared(self) -> Tensor:
-        keys, sums = self._summed()
-        return self.g.new_zeros(self.rows).index_add_(0, keys // self.shape[0], sums.square().sum(1))
-
-    def dots(self, w: Tensor) -> Tensor:
-        looked_up = w.to(self.g.dtype)[:, self._indices()]  # (K, M, T, D)
-        return torch.einsum("mtd,kmtd->mk", self.g, looked_up)
-
-    def weighted(self, c: Tensor) -> Tensor:
-        v, d = self.shape
-        scaled = torch.einsum("mk,mtd->mtkd", c.to(self.g.dtype), self.g).reshape(-1, c.shape[1], d)
-        sums = self.g.new_zeros(v, c.shape[1], d).index_add_(0, self._indices().reshape(-1), scaled)
-        return sums.movedim(1, 0)
-
-    def second_moment(self) -> Tensor:
-        keys, sums = self._summed()
-        return self.g.new_zeros(self.shape).index_add_(0, keys % self.shape[0], sums.square())
-
-
-class TiedSite(Site):
-    """One weight (V, D) that is looked up and multiplied with: an embedding whose table is the last layer's weight too.
-
-    Its gradient is the sum of both uses'; statistics add up but for what they have in common in the rows looked up.
-    """
-
-    def __init__(self, lookup: LookupSite, linear: LinearSite):
-        super().__init__(lookup.shape, lookup.rows)
-        self.lookup, self.linear = lookup, linear
-
-    def tensors(self) -> list[Tensor]:
-        return [*self.lookup.tensors(), *self.linear.tensors()]
-
-    def sample_grads(self) -> Tensor:
-        return self.linear.sample_grads().add_(self.lookup.sample_grads())
-
-    def _common(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The distinct (row, index) pairs as row * V + index, (U,), and of each the lookups' and the product's gradient,
-        both (U, D)."""
-        keys, sums = self.lookup._summed()
-        ((a, g),) = self.linear.groups
-        parts, row, index = [], keys // self.shape[0], keys % self.shape[0]
-        for m in range(self.rows):
-            parts.append(g[m][:, index[row == m]].T.to(sums.dtype) @ a[m % a.shape[0]].to(sums.dtype))
-        return keys, sums, torch.cat(parts)
-
-    def norms_squared(self) -> Tensor:
-        keys, ours, theirs = self._common()
-        total = self.lookup.norms_squared() + self.linear.norms_squared()
-        return total.index_add_(0, keys // self.shape[0], 2 * (ours * theirs).sum(1))
-
-    def dots(self, w: Tensor) -> Tensor:
-        return self.lookup.dots(w) + self.linear.dots(w)
-
-    def weighted(self, c: Tensor) -> Tensor:
-        return self.lookup.weighted(c) + self.linear.weighted(c)
-
-    def second_moment(self) -> Tensor:
-        keys, ours, theirs = self._common()
-        moment = self.linear.second_moment()
-        moment.index_add_(0, keys % self.shape[0], ours.mul_(ours + 2 * theirs))
-        return moment.clamp_(min=0)  # (ours + theirs)^2 - theirs^2 was added: rounding may leave less than nothing
-
-
-class EmptySite(Site):
-    """A parameter that this batch does not reach."""
-
-    def tensors(self) -> list[Tensor]:
-        return []
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        norms, total = None, None
+        for rows, site in self._chunks():
+            part, *sums = site.statistics()
+            norms = part.new_empty(self.rows) if norms is None else norms
+            norms[rows] = part
+            total = sums if total is None else [whole.add_(one) for whole, one in zip(total, sums, strict=True)]
+        return norms, *total
 
 
 def site_of(shape: tuple[int, ...], as_weight: list[Use], as_bias: list[Use], samples: int) -> Site:
@@ -294,7 +169,7 @@ def site_of(shape: tuple[int, ...], as_weight: list[Use], as_bias: list[Use], sa
     if as_weight and as_bias:
         raise StateError(f"a parameter of shape {shape} serves both as a weight and as a bias; it has no rule")
     if as_bias:
-        return DenseSite(shape, sum(_bias_rows(normal, grad) for normal, grad in as_bias))
+        return _bias_site(shape, as_bias)
     if not as_weight:
         return EmptySite(shape, 0)
     kind = as_weight[0][0].kind
@@ -304,12 +179,12 @@ def site_of(shape: tuple[int, ...], as_weight: list[Use], as_bias: list[Use], sa
     if all(normal.patches for normal, _ in as_weight):
         uses = [(normal, normal.grads(grad)) for normal, grad in as_weight]
         return PatchSite(shape, uses, samples)
-    pairs = [(normal.inputs(), normal.grads(grad)) for normal, grad in as_weight]
     if kind == "scale":
-        return DenseSite(shape, sum(_scale_rows(a[0], g[0]) for a, g in pairs))
+        return _scale_site(shape, as_weight)
+    pairs = [(normal.inputs(), normal.grads(grad)) for normal, grad in as_weight]
     if kind == "rows":
         a, g = _side_by_side(pairs)
-        return LookupSite(shape, a[0, :, :, 0], _wide(g[0]))
+        return LookupSite(shape, a[0, :, :, 0], g[0])
     return _linear_site(shape, pairs, kind == "transposed")
 
 
@@ -325,11 +200,39 @@ def _linear_site(shape: tuple[int, ...], pairs: Sequence[tuple[Tensor, Tensor]],
     return LinearSite(shape, list(zip(a.unbind(0), g.to(a.dtype).unbind(0), strict=True)), transposed)
 
 
+def _scale_site(shape: tuple[int, ...], uses: list[Use]) -> Site:
+    def rows() -> Tensor:
+        return sum(_scale_rows(normal.inputs()[0], normal.grads(grad)[0]) for normal, grad in uses)
+
+    ((normal, grad), *others) = uses
+    if others or normal.scaled is None:
+        return DenseSite(shape, rows())
+    scaling = _scalings[id(normal), id(grad)] = _Scaling(normal, grad)
+    return SummedSite(shape, normal.grads(grad).shape[1], lambda: scaling.statistics[0::2], rows)
+
+
+def _bias_site(shape: tuple[int, ...], uses: list[Use]) -> Site:
+    def rows() -> Tensor:
+        return sum(_bias_rows(normal, grad) for normal, grad in uses)
+
+    ((normal, grad), *others) = uses
+    if others or normal.bias is not None:
+        return DenseSite(shape, rows())
+    g = normal.grads(grad)  # (G, M, T, O)
+    scaling = _scalings.get((id(normal), id(grad)))
+    if scaling is not None:
+        return SummedSite(shape, g.shape[1], lambda: scaling.statistics[1::2], rows)
+    if g.shape[2] == 1:
+        return DenseSite(shape, rows())
+    g = g.permute(1, 2, 0, 3).flatten(2)
+    return SummedSite(shape, len(g), lambda: ops.bias_sample_stats(g), rows)
+
+
 def _bias_rows(normal: Normal, grad: Tensor) -> Tensor:
     """(M, O), each group's outputs side by side."""
     if normal.bias is not None:
-        return normal.bias(_wide(grad))
-    g = _wide(normal.grads(grad))
+        return normal.bias(widened(grad))
+    g = widened(normal.grads(grad))
     g = g[:, :, 0] if g.shape[2] == 1 else g.sum(2)  # (G, M, O)
     return g.movedim(0, 1).reshape(g.shape[1], -1)
 
@@ -337,8 +240,4 @@ def _bias_rows(normal: Normal, grad: Tensor) -> Tensor:
 def _scale_rows(a: Tensor, g: Tensor) -> Tensor:
     """sum_t g_t o a_t: a (N, T, p), g (M, T, p) -> (M, p)"""
     n, t, p = a.shape
-    return torch.einsum("kntp,ntp->knp", _wide(g).reshape(-1, n, t, p), _wide(a)).reshape(-1, p)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.to(ops.accumulate_dtype(x.dtype))
+    return torch.einsum("kntp,ntp->knp", widened(g).reshape(-1, n, t, p), widened(a)).reshape(-1, p)

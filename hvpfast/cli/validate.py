@@ -164,7 +164,7 @@ def _case(found: Outcome, size: tuple[int, ...], layout: str, dtype: torch.dtype
 def _double(item):
     """The arguments in float64."""
     if isinstance(item, Tensor):
-        return item.double()
+        return item.double() if item.is_floating_point() else item
     if isinstance(item, dict):
         return {name: _double(value) for name, value in item.items()}
     return type(item)(_double(value) for value in item) if isinstance(item, (tuple, list)) else item

@@ -20,7 +20,8 @@ from hvpfast.capture.problem import Evaluated, Problem, finite
 from hvpfast.capture.pull import Receive, last_calls, pull_back
 from hvpfast.capture.rows import pattern_of
 from hvpfast.capture.samples import autograd_rows
-from hvpfast.capture.sites import DenseSite, Site, site_of
+from hvpfast.capture.site import DenseSite, Site
+from hvpfast.capture.sites import site_of
 from hvpfast.capture.state import preserved
 from hvpfast.capture.tape import Tape, recording
 from hvpfast.capture.units import Unit, units_of

@@ -18,6 +18,13 @@ from hvpfast.ops.samples import (
     sample_grads,
     sample_gram,
     sample_norms_squared,
+    sample_statistics,
     second_moment,
     weighted_grad,
+)
+from hvpfast.ops.stats import (
+    bias_sample_stats,
+    embedding_sample_norms,
+    embedding_second_moment,
+    norm_sample_stats,
 )

@@ -170,6 +170,30 @@ def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
     return total if out is None else out.copy_(total)
 
 
+def _check_sample_statistics(a, g, c=None):
+    pair("sample_statistics", a, g)
+    if c is not None:
+        if not alike(a, c):
+            floats("sample_statistics", a=a, c=c)
+        if c.shape != g.shape[:1]:
+            raise ValueError(f"sample_statistics: c has shape {tuple(c.shape)}; it must be (M,) with M = {g.shape[0]}")
+
+
+@op(check=_check_sample_statistics, backends=("triton",))
+def sample_statistics(a: Tensor, g: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """`sample_norms_squared`, `weighted_grad` and `second_moment` of the same per-sample gradients, together.
+
+    Args:
+        a: (N, T, I). g: (M, T, O); row m pairs with a[m % N]. c: (M,) weights of the sum; all 1 without it.
+
+    Returns:
+        (norms squared (M,), sum_m c_m g_m' a_m (O, I), sum of squares (O, I)), float32 or float64. Raises TypeError or
+        ValueError where shapes, dtypes or devices do not fit.
+    """
+    c = g.new_ones(g.shape[0]) if c is None else c
+    return sample_norms_squared.reference(a, g), weighted_grad.reference(a, g, c), second_moment.reference(a, g)
+
+
 def _square(name: str, label: str, q: Tensor, size: int, like: Tensor) -> None:
     """Raise unless q is (size, size), in the dtype of `like` or the one in which that sums."""
     if not alike(like, q) and not (isinstance(q, Tensor) and q.dtype is accumulate_dtype(like.dtype)):

@@ -4,49 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from site_truths import assert_statistics
 from torch import nn
 
 from hvpfast.capture.layers import RULES, layer, rule_of
-from hvpfast.capture.sites import PatchSite, site_of
-
-
-def check(module, x):
-    """Every statistic of every parameter against autograd, row by row, with two gradient rows a sample (M = 2 N)."""
-    module, x = module.double(), x.double() if x.dtype.is_floating_point else x
-    normal = rule_of(module)(module, x)
-    output = module(x)
-    g = torch.randn(2 * x.shape[0], *output.shape[1:], dtype=torch.float64)
-    a, rows = normal.inputs(), normal.grads(g)
-    n, m = x.shape[0], g.shape[0]
-    assert a.shape[:2] == (rows.shape[0], n) and rows.shape[1] == m and a.shape[2] == rows.shape[2]
-    params = list(module.parameters())
-    truths = [torch.autograd.grad(module(x[r % n : r % n + 1]), params, g[r : r + 1]) for r in range(m)]
-    stacked = [torch.stack(parts) for parts in zip(*truths, strict=True)]
-    v = torch.randn(2, *params[0].shape, dtype=torch.float64)
-    c = torch.randn(m, 2, dtype=torch.float64)
-    for p, truth in zip(params, stacked, strict=True):
-        use = [(normal, g)]
-        site = site_of(tuple(p.shape), *((use, []) if p is module._parameters.get("weight") else ([], use)), n)
-        w = v if p is params[0] else torch.randn(2, *p.shape, dtype=torch.float64)
-        flat = truth.reshape(m, -1)
-        assert site.rows == m
-        near(site.sample_grads(), truth)
-        near(site.norms_squared(), flat.square().sum(1))
-        near(site.second_moment(), truth.square().sum(0))
-        near(site.gram(), flat @ flat.T)
-        near(site.dots(w), flat @ w.reshape(2, -1).T)
-        near(site.weighted(c), (c.T @ flat).reshape(2, *p.shape))
-
-
-def near(got, truth):
-    assert got.shape == truth.shape
-    assert float((got - truth).abs().max()) <= 1e-12 * (1 + float(truth.abs().max()))
+from hvpfast.capture.sites import PatchSite
 
 
 @pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (3, 2, 1, 5, 4), (1, 4)])
 def test_linear(shape):
     torch.manual_seed(0)
-    check(nn.Linear(4, 3), torch.randn(*shape))
+    assert_statistics(nn.Linear(4, 3), torch.randn(*shape))
 
 
 class Conv1D(nn.Module):
@@ -65,7 +33,7 @@ def test_hugging_face_conv1d(shape, monkeypatch):
     torch.manual_seed(0)
     assert rule_of(Conv1D(3, 4)) is None
     monkeypatch.setattr(Conv1D, "__module__", "transformers.pytorch_utils")
-    check(Conv1D(3, 4), torch.randn(*shape))
+    assert_statistics(Conv1D(3, 4), torch.randn(*shape))
 
 
 def norm(kind, x, *args, **options):
@@ -98,7 +66,7 @@ def norm(kind, x, *args, **options):
 )
 def test_norms_and_lookups(build):
     torch.manual_seed(0)
-    check(*build())
+    assert_statistics(*build())
 
 
 @pytest.mark.parametrize(
@@ -113,7 +81,7 @@ def test_norms_and_lookups(build):
 )
 def test_transposed_convolutions(kind, size, options):
     torch.manual_seed(0)
-    check(kind(4, 8, **options), torch.randn(3, 4, *size))
+    assert_statistics(kind(4, 8, **options), torch.randn(3, 4, *size))
 
 
 def test_embeddings_that_change_their_gradient_have_no_rule():
@@ -161,7 +129,7 @@ def test_convolutions(case, chunk):
     torch.manual_seed(0)
     before, PatchSite.CHUNK = PatchSite.CHUNK, chunk
     try:
-        check(*case)
+        assert_statistics(*case)
     finally:
         PatchSite.CHUNK = before
 
@@ -170,8 +138,8 @@ def test_strided_and_channels_last_inputs():
     torch.manual_seed(0)
     x = torch.randn(2, 6, 8, 8)
     conv = nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2)
-    check(conv, x.contiguous(memory_format=torch.channels_last))
-    check(conv, torch.randn(2, 6, 8, 16)[..., ::2])
+    assert_statistics(conv, x.contiguous(memory_format=torch.channels_last))
+    assert_statistics(conv, torch.randn(2, 6, 8, 16)[..., ::2])
 
 
 def test_a_new_layer_is_one_function():
@@ -183,6 +151,6 @@ def test_a_new_layer_is_one_function():
     assert rule_of(module) is None  # a subclass may compute something else
     try:
         layer(Scaled)(lambda m, x: RULES[nn.Linear](m, x * 3))
-        check(module, torch.randn(3, 4))
+        assert_statistics(module, torch.randn(3, 4))
     finally:
         RULES.pop(Scaled)

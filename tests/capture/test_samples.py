@@ -31,6 +31,9 @@ def test_every_quantity(model_name, loss_name):
     assert relative(hf.per_sample_gram(case.model, loss, batch), truth @ truth.T) < 1e-12
     moment = hf.grad_second_moment(case.model, loss, batch)
     assert relative(torch.cat([m.reshape(-1) for m in moment.values()]), truth.square().sum(0)) < 1e-12
+    sums, moments, lengths = hf.grad_statistics(case.model, loss, batch)
+    assert relative(torch.cat([x.reshape(-1) for x in sums.values()]), truth.sum(0)) < 1e-12
+    assert all(relative(moments[name], moment[name]) < 1e-12 for name in moment) and relative(lengths, norms) < 1e-12
     bound = float(norms.median())
     clipped, before = hf.clipped_grad(case.model, loss, batch, max_norm=bound)
     scale = torch.where(norms > 0, (bound / norms).clamp(max=1), 0)
@@ -215,6 +218,10 @@ def test_a_tape_of_the_users_own_pass(model_name, reduction):
     grads = hf.per_sample_grads(tape, reduction=reduction)
     assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
     assert relative(hf.per_sample_grad_norms(tape, reduction=reduction), truth.norm(dim=1)) < 1e-12
+    sums, squares, norms = hf.grad_statistics(tape, reduction=reduction)
+    assert relative(torch.cat([x.reshape(-1) for x in sums.values()]), truth.sum(0)) < 1e-12
+    assert relative(torch.cat([x.reshape(-1) for x in squares.values()]), truth.square().sum(0)) < 1e-12
+    assert relative(norms, truth.norm(dim=1)) < 1e-12
     assert relative(hf.per_sample_gram(tape, reduction=reduction), truth @ truth.T) < 1e-12
     moment = hf.grad_second_moment(tape, reduction=reduction)
     assert relative(torch.cat([m.reshape(-1) for m in moment.values()]), truth.square().sum(0)) < 1e-12

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hvpfast.kernels import moments, products, rotated_second_moment, second_moment, weighted_grad
+from hvpfast.kernels import moments, products, rotated_second_moment, sample_statistics, second_moment, weighted_grad
 from on_triton import DEVICE, poisoned
 
 from hvpfast import ops, testing
@@ -62,6 +62,19 @@ def test_one_product_of_rows(key, dtype):
             out = poisoned(1, o, i)
             moments.by_rows(a, g, None, out, product, tile=tile, splits=splits)
             testing.assert_accurate(out[0], ops.second_moment, a, g, precision=STATED.get(product, product))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, "auto"), (torch.float32, "ieee"), (torch.bfloat16, "auto")]
+)
+@pytest.mark.parametrize(("n", "t", "k"), [(3, 40, 2), (40, 1, 1), (9, 5, 1)])
+def test_statistics_together_are_those_apart(dtype, precision, n, t, k):
+    a, g = inputs(n=n, t=t, i=33, o=17, k=k, dtype=dtype)
+    c = torch.randn(n * k, generator=torch.Generator().manual_seed(1)).to(a)
+    bound = "ieee" if precision == "ieee" else "bf16x3"
+    for weights in (None, c):
+        found = sample_statistics.sample_statistics(a, g, weights, precision=precision)
+        testing.assert_accurate(found, ops.sample_statistics, a, g, weights, precision=bound)
 
 
 def test_float16_beyond_its_range_when_squared():
