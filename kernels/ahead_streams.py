@@ -55,20 +55,21 @@ def _stats_cases() -> Iterator[Case]:
     of = norm_sample_stats
     results = dict.fromkeys(("norms_ptr", "squares_ptr", "sums_ptr", "mean_ptr", "rstd_ptr"), "*fp32") | {"eps": "fp32"}
     last = ("stride_xn", "stride_xt", "stride_gm", "stride_gt", "i_all")
-    plain = {"SCALE": True, "KIND": 0, "MEAN": False, "RSTD": False, "SUMS": False}
+    plain = {"SCALE": True, "KIND": 0, "MEAN": 0, "RSTD": 0, "SUMS": False}
     tile = {"POSITIONS": of.ELEMENTS // of.FEATURES, "FEATURES": of.FEATURES}
     for dtype, name, known, flags in (
-        ("fp32", "layer-8192", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": of.WHOLE}),
-        ("bf16", "layer-4096", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": 4096}),
+        ("fp32", "layer-4096", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": of.WHOLE}),
+        ("bf16", "layer-2048", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": 2048}),
         ("bf16", "rms-512-sums", last, {"KIND": 2, "SUMS": True, "POSITIONS": 4, "FEATURES": 512}),
         ("bf16", "given-channels", ("stride_xn", "stride_xi", "stride_gm", "stride_gi"),
-         {"MEAN": True, "RSTD": True, "POSITIONS": of.FEATURES, "FEATURES": of.ELEMENTS // of.FEATURES}),
+         {"MEAN": 1, "RSTD": 1, "POSITIONS": of.FEATURES, "FEATURES": of.ELEMENTS // of.FEATURES}),
+        ("fp32", "given-features", last, {"MEAN": 2, "RSTD": 2, **tile}),
         ("fp32", "shift", last, {"SCALE": False, **tile}),
     ):  # fmt: skip
         types = dict.fromkeys(("x_ptr", "g_ptr"), POINTERS[dtype]) | results
         unit = ("stride_xt", "stride_gt") if name == "given-channels" else ("stride_xi", "stride_gi")
         constants = dict.fromkeys(unit, 1) | plain | flags
-        warps = Tile(0, 0, of.warps(flags["FEATURES"]), 3, 0)
+        warps = Tile(0, 0, of.warps(flags["FEATURES"], name == "given-channels"), 3, 0)
         yield Case("norm-stats", dtype, name, of._stats_kernel, types, constants, known, warps, False)
     of = embedding_sample_norms
     types = {"g_ptr": "*bf16", "order_ptr": "*i64", "index_ptr": "*i64", "bounds_ptr": "*i64", "out_ptr": "*fp32"}

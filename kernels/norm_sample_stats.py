@@ -19,10 +19,23 @@ from . import tiles
 # Not yet measured on a GPU.
 ELEMENTS = 2048  # of a tile, unless the features are more
 FEATURES = 128  # of a tile that need not hold all
-WHOLE = 8192  # features up to which a program holds whole positions
+WHOLE = 4096  # features up to which a program holds whole positions
 MOST_STEPS = 256  # tiles along T that one float32 sum takes
 
 KINDS = {None: 0, "layer": 1, "rms": 2}
+
+
+@triton.jit
+def _given(ptr, t, i, t_in, i_in, stride_t, stride_i, HOW: tl.constexpr):
+    """A tile's values of a mean or a scale, as small as they are: HOW 1: of features, 2: of positions, 3: of both."""
+    t_at, i_at = t.to(tl.int64) * stride_t, i.to(tl.int64) * stride_i
+    if HOW == 1:
+        return tl.load(ptr + i_at, mask=i_in, other=0.0).to(tl.float32)[None, :]
+    elif HOW == 2:
+        return tl.load(ptr + t_at, mask=t_in, other=0.0).to(tl.float32)[:, None]
+    else:
+        inside = t_in[:, None] & i_in[None, :]
+        return tl.load(ptr + t_at[:, None] + i_at[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -35,40 +48,45 @@ def _stats_kernel(
     POSITIONS: tl.constexpr, FEATURES: tl.constexpr,
 ):  # fmt: skip
     """One tile of I, one range of M, one range of T. norms (2, M, tiles), squares (ranges of M, 2, I); or with SUMS, where
-    T is split, sums (M, ranges of T, 2, I) alone. mean, rstd: strides a and r. Without SCALE the shift alone."""
+    T is split, sums (M, ranges of T, 2, I) alone. mean, rstd: strides a and r, `_given`'s HOW or 0. Without SCALE the shift
+    alone. Places within a tile are 32-bit."""
     tile, part, range_t = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    lane_t, i = tl.arange(0, POSITIONS), tile * FEATURES + tl.arange(0, FEATURES)
-    i_in, i_wide = i < i_all, i.to(tl.int64)
+    lane_t, lane_i = tl.arange(0, POSITIONS), tl.arange(0, FEATURES)
+    i = tile * FEATURES + lane_i
+    i_in, i_start = i < i_all, tl.cast(tile * FEATURES, tl.int64)
     start, stop = range_t * t_each, min((range_t + 1) * t_each, t_all)
+    x_at = lane_t[:, None] * stride_xt + lane_i[None, :] * stride_xi
+    g_at = lane_t[:, None] * stride_gt + lane_i[None, :] * stride_gi
     scale_squares, shift_squares = tl.zeros((FEATURES,), tl.float32), tl.zeros((FEATURES,), tl.float32)
     for row in range(part * m_each, min((part + 1) * m_each, m_all)):
         m = tl.cast(row, tl.int64)
         n = m % n_all
         scale, shift = tl.zeros((POSITIONS, FEATURES), tl.float32), tl.zeros((POSITIONS, FEATURES), tl.float32)
         for first in range(start, stop, POSITIONS):
-            t = (first + lane_t).to(tl.int64)
-            inside = (t < stop)[:, None] & i_in[None, :]
-            g_at = (t * stride_gt)[:, None] + (i_wide * stride_gi)[None, :]
-            g = tl.load(g_ptr + m * stride_gm + g_at, mask=inside, other=0.0).to(tl.float32)
+            t = tl.cast(first, tl.int64)
+            t_in = first + lane_t < stop
+            inside = t_in[:, None] & i_in[None, :]
+            g = tl.load(g_ptr + (m * stride_gm + t * stride_gt + i_start * stride_gi) + g_at, mask=inside, other=0.0)
+            g = g.to(tl.float32)
             shift += g
             if SCALE:
-                x_at = (t * stride_xt)[:, None] + (i_wide * stride_xi)[None, :]
-                x = tl.load(x_ptr + n * stride_xn + x_at, mask=inside, other=0.0).to(tl.float32)
+                x = tl.load(
+                    x_ptr + (n * stride_xn + t * stride_xt + i_start * stride_xi) + x_at, mask=inside, other=0.0
+                )
+                x = x.to(tl.float32)
                 if KIND == 1:
                     x = tl.where(inside, x - (tl.sum(x, 1) / i_all)[:, None], 0.0)
                 if KIND != 0:
                     x = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / i_all + eps))[:, None]
-                if MEAN:
-                    at = n * stride_an + (t * stride_at)[:, None] + (i_wide * stride_ai)[None, :]
-                    x = x - tl.load(mean_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                if RSTD:
-                    at = n * stride_rn + (t * stride_rt)[:, None] + (i_wide * stride_ri)[None, :]
-                    x = x * tl.load(rstd_ptr + at, mask=inside, other=0.0).to(tl.float32)
+                if MEAN != 0:
+                    x -= _given(mean_ptr + n * stride_an, first + lane_t, i, t_in, i_in, stride_at, stride_ai, MEAN)
+                if RSTD != 0:
+                    x *= _given(rstd_ptr + n * stride_rn, first + lane_t, i, t_in, i_in, stride_rt, stride_ri, RSTD)
                 scale += tl.where(inside, g * x, 0.0)  # outside, a position without features has infinite 1 / rms
         b = tl.sum(shift, 0)
         s = tl.sum(scale, 0)
         if SUMS:
-            place = sums_ptr + ((m * tl.num_programs(2) + range_t) * 2 * i_all + i_wide)
+            place = sums_ptr + (m * tl.num_programs(2) + range_t) * 2 * i_all + i
             tl.store(place, s, mask=i_in)
             tl.store(place + i_all, b, mask=i_in)
         else:
@@ -77,7 +95,7 @@ def _stats_kernel(
             scale_squares += s * s
             shift_squares += b * b
     if not SUMS:
-        place = squares_ptr + tl.cast(part, tl.int64) * 2 * i_all + i_wide
+        place = squares_ptr + tl.cast(part, tl.int64) * 2 * i_all + i
         tl.store(place, scale_squares, mask=i_in)
         tl.store(place + i_all, shift_squares, mask=i_in)
 
@@ -137,6 +155,8 @@ def launch(
         )
     ranges_t = triton.cdiv(steps, triton.cdiv(steps, splits[1]))
     ranges_m = m if ranges_t > 1 else splits[0]
+    g = tiles.within_32_bits(g, (1, positions), (2, features))
+    x = x if x is None else tiles.within_32_bits(x, (1, positions), (2, features))
     one = g if x is None else x
     strides = (x is not None and x.stride()) or (0, 0, 0)
     of_mean, of_rstd = ((0, 0, 0) if y is None else y.expand(one.shape).stride() for y in (mean, rstd))
@@ -149,8 +169,8 @@ def launch(
         one, g, one if mean is None else mean, one if rstd is None else rstd, norms, squares, sums,
         eps, m, n, triton.cdiv(m, ranges_m), t, triton.cdiv(steps, ranges_t) * positions, i, tiles_i,
         *strides, *g.stride(), *of_mean, *of_rstd,
-        SCALE=x is not None, KIND=KINDS[kind], MEAN=mean is not None, RSTD=rstd is not None, SUMS=ranges_t > 1,
-        POSITIONS=positions, FEATURES=features, num_warps=warps(features), enable_fp_fusion=True,
+        SCALE=x is not None, KIND=KINDS[kind], MEAN=given(mean), RSTD=given(rstd), SUMS=ranges_t > 1,
+        POSITIONS=positions, FEATURES=features, num_warps=warps(features, by_position), enable_fp_fusion=True,
     )  # fmt: skip
     if ranges_t > 1:
         each = sums.sum(1).square_()  # (M, 2, I)
@@ -161,5 +181,10 @@ def launch(
     return norms[0], norms[1], squares[0], squares[1]
 
 
-def warps(features: int) -> int:
-    return 4 if features <= 2048 else 8 if features <= 4096 else 16
+def given(y: Tensor | None) -> int:
+    """How a mean or a scale is read, the less the better: see `_given`."""
+    return 0 if y is None else 1 if y.shape[1] == 1 else 2 if y.shape[2] == 1 else 3
+
+
+def warps(features: int, by_position: bool) -> int:
+    return 8 if features > 2048 or by_position else 4

@@ -240,4 +240,7 @@ def _bias_rows(normal: Normal, grad: Tensor) -> Tensor:
 def _scale_rows(a: Tensor, g: Tensor) -> Tensor:
     """sum_t g_t o a_t: a (N, T, p), g (M, T, p) -> (M, p)"""
     n, t, p = a.shape
-    return torch.einsum("kntp,ntp->knp", widened(g).reshape(-1, n, t, p), widened(a)).reshape(-1, p)
+    a, g = widened(a), widened(g).reshape(-1, n, t, p)
+    if g.stride(3) == 1:  # not so where channels come first, which the batched product takes as they are
+        return (g * a).sum(2).reshape(-1, p)
+    return torch.einsum("kntp,ntp->knp", g, a).reshape(-1, p)
