@@ -194,9 +194,11 @@ def chosen_parameters(model: nn.Module, params: object, who: str) -> dict[str, T
             parameters on several devices. TypeError: complex or integer parameters.
     """
     names = dict(model.named_parameters(remove_duplicate=False))
-    first = {id(p): name for name, p in model.named_parameters()}
+    first: dict[int, str] = {}
+    for name, p in names.items():
+        first.setdefault(id(p), name)
     if params is None:
-        chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        chosen = {name: names[name] for name in first.values() if names[name].requires_grad}
         if not chosen:
             raise ValueError(f"{who}: the model has no parameter that requires grad")
     else:
@@ -231,7 +233,7 @@ def chosen_parameters(model: nn.Module, params: object, who: str) -> dict[str, T
                 f"{who}: parameter {name!r} is {p.dtype}; only real floating parameters have curvature here"
             )
     devices: dict = {}
-    for name, p in (*model.named_parameters(), *chosen.items()):
+    for name, p in names.items():
         devices.setdefault(p.device, name)
     if len(devices) > 1:
         where = ", ".join(f"{name!r} on {device}" for device, name in devices.items())

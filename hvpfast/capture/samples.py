@@ -48,7 +48,6 @@ class Samples:
             by_rule = iter(tape.sites([p for p, own in zip(tensors, covered, strict=True) if own], list(grads)))
             by_autograd = iter(self._by_autograd(one, losses, rest))
             self.sites: list[Site] = [next(by_rule if own else by_autograd) for own in covered]
-            self.shares = problem.loss.shares(output.detach(), one.target)
 
     def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:
         def own(output: object, target: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ class CrossEntropy(Loss):
 
     def denominators(self, output: Tensor, target: Tensor) -> Tensor:
         self._fits(output, target)
+        if self.weight is None and not target.dtype.is_floating_point:
+            return (target != self.ignore_index).reshape(output.shape[0], -1).sum(1, dtype=torch.float64)
         return self._row_weights(output, target)[1].double().reshape(output.shape[0], -1).sum(1)
 
     def sample_losses(self, output: Tensor, target: Tensor) -> Tensor:
