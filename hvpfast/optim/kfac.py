@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.torch_losses import as_loss
 from hvpfast.capture.units import Unit
-from hvpfast.optim.layers import KroneckerLayer, Layer, RowLayer, invert
+from hvpfast.optim.inverses import invert
+from hvpfast.optim.layers import KroneckerLayer, Layer, RowLayer
 from hvpfast.optim.options import Schedule, check_model, choice, float_dtype, refuse, skips, value_of
 from hvpfast.optim.passes import Pass, Recorder
 from hvpfast.optim.structure import check_state, check_structure, tracked_parameters, unit_of

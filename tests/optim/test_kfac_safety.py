@@ -12,7 +12,7 @@ from truths import relative
 import hvpfast as hf
 from hvpfast.capture.errors import StateError
 from hvpfast.operators import eigen
-from hvpfast.optim import KFACPreconditioner, layers
+from hvpfast.optim import KFACPreconditioner, inverses
 
 # What does not count, and what goes wrong -------------------------------------------------------------------------------
 
@@ -208,14 +208,14 @@ def test_a_decomposition_that_fails_keeps_the_last(monkeypatch):
     model = net()
     preconditioner = KFACPreconditioner(model, tolerance=0.0, kl_clip=None)
     train(model, preconditioner, sgd(model), [0])
-    real = layers.eigendecompose
+    real = inverses.eigendecompose
 
     def failing(factors, **options):
         if any(factor.size == 65 for factor in factors):
             raise ValueError("LAPACK gave up")
         return real(factors, **options)
 
-    monkeypatch.setattr(layers, "eigendecompose", failing)
+    monkeypatch.setattr(inverses, "eigendecompose", failing)
     before = preconditioner.state_dict()["layers"]
     with pytest.warns(RuntimeWarning, match="'5' keeps its last inverse: LAPACK gave up"):
         train(model, preconditioner, sgd(model), [1])
@@ -231,14 +231,14 @@ def test_a_decomposition_that_fails_keeps_the_last(monkeypatch):
 
 def test_earlier_bases_serve_while_they_fit(monkeypatch):
     """The mass that they leave off the diagonal decides: kept on the same data, anew on other data."""
-    seen, real = [], layers.eigendecompose
+    seen, real = [], inverses.eigendecompose
 
     def watched(factors, **options):
         found = real(factors, **options)
         seen.append({one.route for one in found})
         return found
 
-    monkeypatch.setattr(layers, "eigendecompose", watched)
+    monkeypatch.setattr(inverses, "eigendecompose", watched)
     model = net()
     preconditioner, optimizer = KFACPreconditioner(model, factor_decay=0.0), sgd(model)
     train(model, preconditioner, torch.optim.SGD(model.parameters(), lr=0.0), [0, 0])

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hvpfast as hf
-from hvpfast.optim import EKFACPreconditioner, KFACPreconditioner, layers
+from hvpfast.optim import EKFACPreconditioner, KFACPreconditioner, inverses, layers
 
 KINDS = [KFACPreconditioner, EKFACPreconditioner]
 
@@ -21,7 +21,7 @@ KINDS = [KFACPreconditioner, EKFACPreconditioner]
 def routes(monkeypatch):
     """What was updated at which step: 'f' a factor's average, 'i' inverses."""
     seen = []
-    add, invert = layers.Running.add, layers.invert
+    add, invert = layers.Running.add, inverses.invert
 
     def adding(*arguments):
         seen.append("f")
