@@ -8,7 +8,7 @@ import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
 from torch import nn
-from truths import own_gradients, relative
+from truths import dense_ggn, own_gradients, relative
 from zoo import classes_of, make, unequal
 
 import hvpfast as hf
@@ -213,3 +213,64 @@ def test_ekfac_has_the_exact_trace_and_is_nearer(family):
     assert relative(ekfac.trace(), truth.trace()) < 1e-10
     gaps = [float((operator.to_dense() - truth).norm()) for operator in (ekfac, kfac)]
     assert gaps[0] <= gaps[1] * (1 + 1e-10)
+
+
+@pytest.mark.parametrize("kind", [hf.KFAC, hf.EKFAC])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_linear_convolutions_are_the_ggn(kind, groups):
+    """E2: expand where every pixel of the output is a loss term of its own, reduce where the output is their mean."""
+    x, loss = torch.randn(5, 2, 6, 5), nn.MSELoss()
+    maps = nn.Sequential(nn.Conv2d(2, 4, (2, 3), stride=(1, 2), groups=groups), nn.Conv2d(4, 3, 1, bias=False))
+    pooled = nn.Sequential(nn.Conv2d(2, 4, 3, dilation=2, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    pooled.append(nn.Linear(4, 3))
+    for model, approx in ((maps, "expand"), (pooled, "reduce")):
+        y = torch.randn_like(model(x))
+        mine = kind(model, loss, unequal(x, y)[1:] + unequal(x, y)[:1], fisher_type="type-2", kfac_approx=approx)
+        truth = dense_ggn(model, loss, x, y)
+        keep = sum(torch.outer(one, one) for one in blocks_by_group(model))
+        assert relative(mine.to_dense(), truth * keep) < 1e-10, approx
+
+
+def blocks_by_group(model):
+    """One indicator (P,) a group of a layer: the outputs that it makes."""
+    sizes = [p.numel() for p in model.parameters()]
+    places = torch.arange(sum(sizes)).split(sizes)
+    for layer in (m for m in model.modules() if next(m.parameters(recurse=False), None) is not None):
+        groups = getattr(layer, "groups", 1)
+        for b in range(groups):
+            one = torch.zeros(sum(sizes))
+            for p in layer.parameters():
+                index = next(i for i, q in zip(places, model.parameters(), strict=True) if q is p)
+                one[index.reshape(groups, -1)[b]] = 1
+            yield one
+
+
+@pytest.mark.parametrize("family", ["conv and batchnorm", "decoder", "encoder"])
+@pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
+def test_copies_of_the_data_count_as_often(family, fisher_type):
+    """E16: of a sum, n copies have n times the matrix; of a mean, the same one."""
+    model, x, y = FAMILIES[family]()
+    for kind, loss, times in itertools.product(
+        (hf.KFAC, hf.EKFAC), (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")), (3,)
+    ):
+        once = kind(model, loss, (x, y), fisher_type=fisher_type)
+        copies = kind(model, loss, [(x, y)] * times, fisher_type=fisher_type)
+        factor = times if loss.reduction == "sum" else 1
+        assert relative(copies.trace(), factor * once.trace()) < 1e-10
+        if kind is hf.KFAC:
+            for name, (a, g) in once.factors.items():
+                assert (
+                    relative(copies.factors[name].A, a) < 1e-10 and relative(copies.factors[name].G, factor * g) < 1e-10
+                )
+
+
+def test_identical_pixels():
+    """E17: one image for all samples and one patch for all pixels. The gradients of the T pixels are equal too, so reduce is
+    the block, and expand, which takes them for independent, the block over T."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.AvgPool2d((3, 5)), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3))
+    x, y = torch.randn(1, 3, 1, 1).expand(6, 3, 4, 6), torch.arange(6) % 3
+    for loss in (nn.CrossEntropyLoss(label_smoothing=0.1), nn.CrossEntropyLoss(reduction="sum")):
+        truth = hf.GGN(model, loss, (x, y), params=["0.weight", "0.bias"]).to_dense()
+        for approx, factor in (("reduce", 1), ("expand", 15)):
+            mine = hf.KFAC(model, loss, (x, y), params=["0.weight", "0.bias"], fisher_type="type-2", kfac_approx=approx)
+            assert relative(factor * mine.to_dense(), truth) < 1e-10, approx
