@@ -10,7 +10,7 @@ With `reduction="sum"` all is a plain sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -137,6 +137,17 @@ class Loss:
             return torch.einsum("nij,nj->ni", vectors, scaled).reshape(z.shape).to(z.dtype)
 
         return product
+
+    def rank(self, features: int) -> int:
+        """How many `columns` there are where a term has this many features."""
+        return features
+
+    def columns(self, output: Tensor, target: object, axis: int) -> Iterator[Tensor]:
+        """u_k, each shaped like the output, with sum_k u_k u_k' = S within each term, whose features lie along `axis`."""
+        root, shape = self.root(output, target), [1] * output.dim()
+        shape[axis] = output.shape[axis]
+        for z in torch.eye(output.shape[axis], dtype=output.dtype, device=output.device):
+            yield root(z.view(shape).expand_as(output)).detach()
 
     def draw(self, output: Tensor, target: object, k: int, generator: torch.Generator) -> Tensor:
         """u, (K, *output.shape), with E[u u'] = S within each sample: pseudo-gradients of a Monte-Carlo Fisher."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvpfast import ops
+from hvpfast.arguments import accumulate_dtype
 from hvpfast.capture.losses import Loss
 
 
@@ -83,6 +84,25 @@ class CrossEntropy(Loss):
         logits = output.detach().movedim(1, -1)
         rows = self._scaled_rows(output.detach(), target)
         return lambda z: ops.softmax_root(logits, z.movedim(1, -1), weight=rows).movedim(-1, 1).to(z.dtype)
+
+    def rank(self, features: int) -> int:
+        return max(1, features - 1)  # the logits' mean has no curvature
+
+    def columns(self, output: Tensor, target: Tensor, axis: int) -> Iterator[Tensor]:
+        """The root turned such that its last column is zero: R q = 0 for q = p^1/2, and the reflection
+        I - (q + e_C)(q + e_C)' / (1 + q_C) takes e_C to -q. What it makes of e_k is orthogonal to q, so R is diag(q) there."""
+        self._fits(output, target)
+        wide = output.detach().to(accumulate_dtype(output.dtype))
+        rows = self._scaled_rows(wide, target).sqrt().unsqueeze(1)
+        q = torch.softmax(wide / 2, 1)
+        q = q / torch.linalg.vector_norm(q, dim=1, keepdim=True)
+        last = q.square()
+        last[:, -1:] += q[:, -1:]
+        last.div_(-1 - q[:, -1:])  # -(p + q_C e_C) / (1 + q_C)
+        for k in range(self.rank(output.shape[1])):
+            u = last * q[:, k : k + 1]
+            u[:, k] += q[:, k]
+            yield u.mul_(rows).to(output.dtype)
 
     def draw(self, output: Tensor, target: Tensor, k: int, generator: torch.Generator) -> Tensor:
         self._fits(output, target)
@@ -204,6 +224,9 @@ class NegativeLogLikelihood(CrossEntropy):
         )
 
     def root(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
+        return self.hessian(output, target)
+
+    def columns(self, output: Tensor, target: Tensor, axis: int) -> Iterator[Tensor]:
         return self.hessian(output, target)
 
     def draw(self, output: Tensor, target: Tensor, k: int, generator: torch.Generator) -> Tensor:

@@ -147,6 +147,12 @@ class KroneckerSums:
             for one, out in zip(rows, total, strict=True):
                 ops.gram(one, out=out, alpha=alpha, beta=beta)
 
+    def check(self, run: Run) -> None:
+        """Raise NonFiniteError if a gradient of this batch was not finite. A Gram matrix is finite where its diagonal is."""
+        total = self._totals[1]
+        for x in self._rows[1] if total is None else [total.diagonal(dim1=1, dim2=2) if total.dim() == 3 else total]:
+            run.require_finite(x, self.unit.name)
+
     def finish(self, terms: float, weight: float) -> tuple[Factor, Factor]:
         """A over the sum of the terms' shares, G over the batches' total weight."""
         made: list[Factor] = []
@@ -256,6 +262,8 @@ def _pull(run: Run, sums: Sequence[KroneckerSums], rows: Sequence[RowSums]) -> N
             one.end_column(run)
 
     run.pull(receive, receive_sites, done)
+    for one in sorted((one for one in sums if one.reached), key=lambda one: one.unit.calls, reverse=True):
+        one.check(run)  # from the output on: the first that is not finite made the others so
 
 
 def _forward_only(run: Run, unit: Unit, params: Mapping[str, Tensor]) -> Tensor:

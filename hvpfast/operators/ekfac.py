@@ -91,6 +91,9 @@ class EKFAC(KFAC):
             waiting.clear()
 
         run.pull(receive, None, done)
+        for unit in run.units:
+            if unit.layout is not None:
+                run.require_finite(totals[place[unit.names]], unit.name)
 
     @full_precision
     def inverse(self, damping: float = 0.0, method: str = "exact") -> Inverse:

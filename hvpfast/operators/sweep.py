@@ -89,7 +89,7 @@ class Run:
         if kind == "type-2" and self._sweep.problem.loss.joint:
             return f[0].numel()
         if kind == "type-2":
-            return f.shape[self._axis] * (1 if apart else self._positions)
+            return self._sweep.problem.loss.rank(f.shape[self._axis]) * (1 if apart else self._positions)
         if kind == "empirical":
             return 1 if apart else self._positions
         return 0 if kind == "forward-only" else self._sweep.mc_samples
@@ -97,7 +97,10 @@ class Run:
     def pull(
         self, receive: Receive, receive_sites: ReceiveSites | None = None, done: Callable[[], None] | None = None
     ) -> None:
-        """Run every column back; each gradient is handed over as it arrives, and may be dropped; `done` ends a column."""
+        """Run every column back; each gradient is handed over as it arrives, and may be dropped; `done` ends a column.
+
+        Gradients that `receive` gets may hold NaN or inf: whoever sums them has less to look at (`require_finite`).
+        """
         for call in self.tape.calls:
             call.check()
         needed = {i for unit in self.units if unit.layout is not None for i in unit.calls}
@@ -113,14 +116,10 @@ class Run:
             kept: dict[int, Tensor] = {}
 
             def arrived(number: int, grad: Tensor, kept: dict[int, Tensor] = kept) -> None:
-                if not finite(grad):
-                    raise NonFiniteError(
-                        f"{self._sweep.problem.who}: batch {self.batch.index}: the gradient at the output of layer "
-                        f"{self.tape.calls[number].name!r} has NaN or inf"
-                    )
                 if number in needed:
                     receive(number, grad)
                 if receive_sites is not None and any(number in unit.calls for unit in scales):
+                    self.require_finite(grad, self.tape.calls[number].name)
                     kept[number] = grad
 
             self._backward(u, arrived, retain=following is not None)
@@ -132,6 +131,14 @@ class Run:
             if done is not None:
                 done()
             u = following
+
+    def require_finite(self, x: Tensor, layer: str) -> None:
+        """Of gradients at a layer's output, or of what is finite where they are: a sum of their squares."""
+        if not finite(x):
+            who, batch = self._sweep.problem.who, self.batch.index
+            raise NonFiniteError(
+                f"{who}: batch {batch}: the gradient at the output of layer {layer!r} has NaN or inf, or its square does"
+            )
 
     # Columns ---------------------------------------------------------------------------------------------------------
 
@@ -151,15 +158,13 @@ class Run:
         elif kind == "empirical":
             yield from self._by_position(self._own_gradient(f, target))
         elif kind == "type-2":
-            root = loss.root(f, target)
             if loss.joint:
+                root = loss.root(f, target)
                 for z in torch.eye(f[0].numel(), dtype=f.dtype, device=f.device):
                     yield root(z.view(1, *f.shape[1:]).expand_as(f)).detach()
                 return
-            shape = [1] * f.dim()
-            shape[self._axis] = f.shape[self._axis]
-            for z in torch.eye(f.shape[self._axis], dtype=f.dtype, device=f.device):
-                yield from self._by_position(root(z.view(shape).expand_as(f)).detach())
+            for u in loss.columns(f, target, self._axis):
+                yield from self._by_position(u)
 
     def _own_gradient(self, f: Tensor, target: object) -> Tensor:
         """Gradients of the terms at the data's own targets, times the root of their shares of the loss."""

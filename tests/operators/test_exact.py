@@ -171,6 +171,37 @@ def test_roots_of_the_losses(loss_name):
     assert relative(got, truth[torch.arange(6), :, torch.arange(6)]) < 1e-12
 
 
+COLUMNS = ["all options", "all options, sum", "probabilities", "mse", "bce, weighted, sum"]
+
+
+@pytest.mark.parametrize("loss_name", COLUMNS)
+def test_columns_of_the_losses(loss_name):
+    """They make up the Hessian term by term; cross-entropy's are one fewer than its classes."""
+    build, targets = LOSSES[loss_name]
+    torch.manual_seed(0)
+    output, target, loss = torch.randn(6, 4, dtype=torch.float64), targets(6, 4), build(4)
+    made = hf.capture.torch_losses.as_loss(loss, "test")
+    columns = torch.stack(list(made.columns(output, target, 1)))
+    assert len(columns) == made.rank(4) == (4 if loss_name.startswith(("mse", "bce")) else 3)
+    truth = torch.autograd.functional.hessian(lambda f: loss(f, target), output)
+    got = torch.einsum("knc,knd->ncd", columns, columns)
+    assert relative(got, truth[torch.arange(6), :, torch.arange(6)]) < 1e-12
+
+
+@pytest.mark.parametrize("sure", [30.0, -30.0, 800.0])
+def test_columns_where_the_last_class_is_certain_or_impossible(sure):
+    """Against w p_i p_j off the diagonal, and their sums on it: autograd's own p - p^2 has cancelled here."""
+    torch.manual_seed(0)
+    output, target = torch.randn(6, 4, dtype=torch.float64), torch.arange(6) % 4
+    output[:, -1] += sure
+    made = hf.capture.torch_losses.as_loss(nn.CrossEntropyLoss(), "test")
+    columns = torch.stack(list(made.columns(output, target, 1)))
+    p = output.softmax(1)
+    truth = -p[:, :, None] * p[:, None, :] / 6
+    truth.diagonal(dim1=1, dim2=2).zero_().sub_(truth.sum(2))
+    assert relative(torch.einsum("knc,knd->ncd", columns, columns), truth) < 1e-12
+
+
 @pytest.mark.parametrize("loss_name", ["all options", "mse, sum", "bce", "custom"])
 def test_blocks_of_a_transformer(loss_name):
     """Captured where rules cover all parameters, by the Jacobian elsewhere: one matrix."""
