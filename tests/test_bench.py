@@ -99,6 +99,14 @@ def test_the_proof_holds_for_ours():
         assert (float(error.strip("%")) < 2) if drawn else (float(error) <= 1e-10), (quantity, case, error)
 
 
+def test_the_memory_of_factors_is_measured():
+    done = run("-m", "bench.memory", "--quick")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["ResNet-18", "GPT-2 small"]
+    assert all("said beforehand" in line and line.endswith(" times") for line in lines)
+
+
 def test_the_training_example(tmp_path):
     for needed in ("sklearn", "matplotlib"):
         pytest.importorskip(needed)

@@ -334,7 +334,7 @@ class KFACPreconditioner:
             nu = (limit / (lr * lr * total)).sqrt().clamp(max=1.0)
         for (grads, parts, _), good in zip(results, fine.unbind(), strict=True):
             for grad, part in zip(grads, parts, strict=True):
-                grad.copy_(torch.where(good, part * nu, grad))
+                torch.where(good, (part * nu).to(grad.dtype), grad, out=grad)
         self._count(1, list(fine.unbind()))
 
     def _name_the_plain(self) -> None:
