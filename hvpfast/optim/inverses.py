@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from hvpfast.operators.eigen import require_finite
 from hvpfast.operators.factor import Dense
-from hvpfast.operators.spectral import cholesky_inverses, eigendecompose, pi
+from hvpfast.operators.spectral import cholesky_inverses, eigendecompose, newton_schulz_inverses, pi
 from hvpfast.optim.layers import KroneckerLayer, Layer, RowLayer
+
+OFF = 1e-3  # of a residual: an inverse by products that leaves more is taken through Cholesky
 
 
 def invert(layers: Sequence[Layer], damping: float, tolerance: float) -> dict[str, str]:
@@ -52,12 +58,30 @@ def _factored(layers: Sequence[KroneckerLayer], damping: float, tolerance: float
         factors += [a, g]
         shifts += [math.sqrt(damping) * ratio, math.sqrt(damping) / ratio]
     dense = [i for i, factor in enumerate(factors) if isinstance(factor, Dense)]
-    inverses = dict(zip(dense, cholesky_inverses([factors[i] for i in dense], [shifts[i] for i in dense]), strict=True))
+    invert_all = _by_products if layers and layers[0].method == "newton-schulz" else cholesky_inverses
+    inverses = dict(zip(dense, invert_all([factors[i] for i in dense], [shifts[i] for i in dense]), strict=True))
     for i, factor in enumerate(factors):
         if i not in inverses:
             inverses[i] = (factor.data + shifts[i][:, None]).reciprocal()
     for number, layer in enumerate(layers):
         layer.set_inverses(inverses[2 * number], inverses[2 * number + 1])
+
+
+def _by_products(factors: Sequence[Dense], shifts: Sequence[Tensor]) -> list[Tensor]:
+    """Newton-Schulz inverses; those that are off, asked of one vector z, `|(A + d) X z - z| > OFF |z|`, through Cholesky."""
+    require_finite("newton_schulz_inverses", factors)
+    found = newton_schulz_inverses(factors, shifts, precision="bf16x3")
+    gaps = []
+    for factor, d, x in zip(factors, shifts, found, strict=True):
+        z = torch.arange(1, factor.size + 1, dtype=x.dtype, device=x.device).cos()[:, None]
+        y = x @ z
+        gap = torch.linalg.vector_norm(factor.data @ y + d[:, None, None] * y - z, dim=(-2, -1))
+        gaps.append((gap / torch.linalg.vector_norm(z)).amax())
+    off = [i for i, gap in enumerate(torch.stack(gaps).tolist() if gaps else ()) if not gap <= OFF]  # NaN is off too
+    again = cholesky_inverses([factors[i] for i in off], [shifts[i] for i in off])
+    for i, x in zip(off, again, strict=True):
+        found[i] = x
+    return found
 
 
 def _rows(layers: Sequence[RowLayer], damping: float, tolerance: float) -> None:

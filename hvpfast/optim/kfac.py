@@ -52,6 +52,8 @@ class KFACPreconditioner:
         accumulation_steps: backward passes a step, the loss of each divided by this number. Factors take all of them.
         compute_method: "eigen": (G (x) A + damping)^-1 exactly, four products a layer and step. "inverse":
             `(G + sqrt(damping) / pi)^-1 V (A + pi sqrt(damping))^-1` (Martens and Grosse 2015, section 6.3), two products.
+            "newton-schulz": the same, both inverses by matrix products, checked, and by Cholesky where those fall short;
+            slower on a CPU.
         grad_scaler: a GradScaler or a function that returns its scale; factors are divided by its square. Call
             `scaler.unscale_(optimizer)` before `step`. Steps with inf or NaN leave the factors as they are.
         factor_dtype: float32 or float64; None: float32, float64 for float64 parameters. inv_dtype: of inverses and
@@ -119,7 +121,7 @@ class KFACPreconditioner:
             raise ValueError(f"{who}: accumulation_steps is {accumulation_steps!r}; it must be a whole number >= 1")
         if not 0 <= tolerance < 1:
             raise ValueError(f"{who}: tolerance is {tolerance!r}; it must be in [0, 1)")
-        self.compute_method = choice(compute_method, who, "compute_method", ("eigen", "inverse"))
+        self.compute_method = choice(compute_method, who, "compute_method", ("eigen", "inverse", "newton-schulz"))
         self.fisher_type = choice(fisher_type, who, "fisher_type", ("empirical", "mc"))
         self.kfac_approx = choice(kfac_approx, who, "kfac_approx", ("expand", "reduce"))
         self.reduction = choice(reduction, who, "reduction", ("mean", "sum"))

@@ -243,7 +243,7 @@ class KroneckerLayer(Layer):
         if "eigen" in kept and self.method == "eigen":
             eigen = [{n: x.to(device, self.dtype, copy=True) for n, x in one.items()} for one in kept["eigen"]]
             self.set_eigen(*(Eigen.from_state(one) for one in eigen))
-        if "inverses" in kept and self.method == "inverse":
+        if "inverses" in kept and self.method != "eigen":
             self.set_inverses(*(x.to(device, copy=True) for x in kept["inverses"]))
 
     def memory(self) -> dict[str, int]:

@@ -12,6 +12,7 @@ from truths import relative
 import hvpfast as hf
 from hvpfast.capture.errors import StateError
 from hvpfast.operators import eigen
+from hvpfast.operators.factor import Dense
 from hvpfast.optim import KFACPreconditioner, inverses
 
 # What does not count, and what goes wrong -------------------------------------------------------------------------------
@@ -227,6 +228,33 @@ def test_a_decomposition_that_fails_keeps_the_last(monkeypatch):
     }
     assert torch.equal(*vectors["5.weight, 5.bias"]) and not torch.equal(*vectors["0.weight, 0.bias"])
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1e2, 1e6])
+def test_inverses_by_products_are_checked(monkeypatch, dtype, condition):
+    """Where products do not get there (or end in NaN), Cholesky does: float64's truth, and which factors went there."""
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(3, 17, 17, dtype=torch.float64))[0]
+    values = torch.logspace(0, -12, 17, dtype=torch.float64)
+    matrices = (q * values) @ q.mT
+    matrices[2] = torch.eye(17, dtype=torch.float64)  # this one is easy at any damping
+    factors = [Dense(x[None].to(dtype)) for x in matrices]
+    seen, real = [], inverses.cholesky_inverses
+
+    def watched(some, shifts):
+        seen.append(len(some))
+        return real(some, shifts)
+
+    monkeypatch.setattr(inverses, "cholesky_inverses", watched)
+    d = torch.full((1,), 1 / condition, dtype=dtype)
+    found = inverses._by_products(factors, [d] * 3)
+    assert seen == [0 if condition == 1e2 else 2]
+    z = torch.randn(17, 4, dtype=torch.float64)
+    for factor, x in zip(factors, found, strict=True):
+        back = (factor.data[0].double() + d.double() * torch.eye(17)) @ (x[0].double() @ z)
+        rounding = 17 * torch.finfo(dtype).eps * condition
+        assert x.dtype is dtype and float((back - z).norm() / z.norm()) < max(1e-5, 3 * rounding)
 
 
 def test_earlier_bases_serve_while_they_fit(monkeypatch):

@@ -62,7 +62,7 @@ def quiet(function, *arguments):
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])
-@pytest.mark.parametrize("method", ["eigen", "inverse"])
+@pytest.mark.parametrize("method", ["eigen", "inverse", "newton-schulz"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_step_is_the_inverse_of_kfac(name, method, approx):
     """Tied weights, groups, dilation, embeddings, norms, attention, modules called twice: all as the operator has them."""
