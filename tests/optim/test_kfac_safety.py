@@ -230,15 +230,15 @@ def test_a_decomposition_that_fails_keeps_the_last(monkeypatch):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("condition", [1e2, 1e6])
+@pytest.mark.parametrize(
+    "dtype, condition", [(torch.float32, 1e2), (torch.float32, 1e6), (torch.float64, 1e2), (torch.float64, 1e9)]
+)
 def test_inverses_by_products_are_checked(monkeypatch, dtype, condition):
     """Where products do not get there (or end in NaN), Cholesky does: float64's truth, and which factors went there."""
     torch.manual_seed(0)
-    q = torch.linalg.qr(torch.randn(3, 17, 17, dtype=torch.float64))[0]
+    q = torch.linalg.qr(torch.randn(2, 17, 17, dtype=torch.float64))[0]
     values = torch.logspace(0, -12, 17, dtype=torch.float64)
     matrices = (q * values) @ q.mT
-    matrices[2] = torch.eye(17, dtype=torch.float64)  # this one is easy at any damping
     factors = [Dense(x[None].to(dtype)) for x in matrices]
     seen, real = [], inverses.cholesky_inverses
 
@@ -248,7 +248,7 @@ def test_inverses_by_products_are_checked(monkeypatch, dtype, condition):
 
     monkeypatch.setattr(inverses, "cholesky_inverses", watched)
     d = torch.full((1,), 1 / condition, dtype=dtype)
-    found = inverses._by_products(factors, [d] * 3)
+    found = inverses._by_products(factors, [d] * 2)
     assert seen == [0 if condition == 1e2 else 2]
     z = torch.randn(17, 4, dtype=torch.float64)
     for factor, x in zip(factors, found, strict=True):
