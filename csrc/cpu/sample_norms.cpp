@@ -233,7 +233,8 @@ void norms(const Engine<T>& vector, const Batch& a, const Batch& g, T* out, Prec
     if (double(a.batch) * least_of(by_rows, exact.least()) < 40000.0) threads = 1;  // cycles: waking a thread costs as much
     if constexpr (sizeof(T) == 4) {
         if (tier_in_use() == Tier::amx) {
-            const bool automatic = precision == Precision::automatic;
+            // full float32 is within the bound of bf16x3, too: the faster one
+            const bool automatic = precision == Precision::automatic || precision == Precision::bf16x3;
             if (automatic) precision = Precision::bf16x3;
             const Engine<float>* amx = engine_amx(precision, a.dtype);
             const bool few = a.dtype == Dtype::f32 && (a.positions < (automatic ? 32 : 8) || a.features * g.features < 256);

@@ -243,7 +243,8 @@ void moments(const Engine<T>& vector, const Batch& a, const Batch& g, const Out&
     if (double(a.batch) * exact < 40000.0) threads = 1;
     if constexpr (sizeof(T) == 4) {
         if (tier_in_use() == Tier::amx) {
-            const bool automatic = precision == Precision::automatic;
+            // full float32 is within the bound of bf16x3, too: the faster one
+            const bool automatic = precision == Precision::automatic || precision == Precision::bf16x3;
             if (automatic) precision = Precision::bf16x3;
             // squares of 16-bit values are not 16-bit values: with T = 1 they are float32 data
             const bool squares = a.positions == 1;

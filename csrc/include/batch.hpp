@@ -98,7 +98,7 @@ double product_cycles(const Engine<T>& engine, bool thrice, int64_t rows, int64_
 // Rough cycles of packing that many elements.
 template <class T>
 double pack_cycles(const Engine<T>& engine, int64_t elements, bool across) {
-    if (engine.tier == Tier::amx) return double(elements) * (across ? 0.9 : 0.6);
+    if (engine.tier == Tier::amx) return double(elements) * (across ? 1.1 : 0.9);
     return double(elements) * (across ? 0.5 : 0.25);
 }
 
