@@ -12,6 +12,35 @@
 namespace hvpfast {
 namespace {
 
+// After so many samples (slices of them, where T = 1) the running sums join a total and start again: a float32 sum of
+// millions of squares would stand still.
+constexpr int64_t kRun = 512;
+
+template <class T>
+class Running {
+public:
+    Running(T* sums, int64_t size, bool total) : sums_(sums), size_(size), total_(total ? sums + size : nullptr) {
+        for (int64_t e = 0; e < size_ * (total ? 2 : 1); ++e) sums_[e] = 0;
+    }
+    void next() {
+        if (total_ != nullptr && ++count_ % kRun == 0) carry();
+    }
+    void finish() {
+        if (total_ == nullptr) return;
+        carry();
+        for (int64_t e = 0; e < size_; ++e) sums_[e] = total_[e];
+    }
+
+private:
+    void carry() {
+        for (int64_t e = 0; e < size_; ++e) total_[e] += sums_[e], sums_[e] = 0;
+    }
+    T* sums_;
+    int64_t size_;
+    T* total_;
+    int64_t count_ = 0;
+};
+
 struct Part {  // panels [o0, o1) x [i0, i1) of the sums, samples [m0, m1) of M in n-major order
     int64_t o0, o1, i0, i1, m0, m1;
     int64_t blocks() const { return (o1 - o0) * (i1 - i0); }
@@ -118,7 +147,8 @@ bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const
     const int64_t o_panels = ceil_div(out.rows, panel), i_panels = ceil_div(out.cols, panel);
     const Grid grid = choose_grid(engine, o_panels, i_panels, samples, threads);
     const Buffers<T> each(engine, least(out.rows, grid.o_step * panel), least(out.cols, grid.i_step * panel), depth, rank_one);
-    const int64_t part_size = grid.o_step * grid.i_step * block;
+    const bool total = samples > kRun;
+    const int64_t part_size = grid.o_step * grid.i_step * block * (total ? 2 : 1);
     const int64_t jobs = grid.parts() * grid.sample_groups;
 
     Carver carver;
@@ -145,7 +175,7 @@ bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const
             const Batch left_of = narrowed(g, o_first, o_wide), right_of = narrowed(a, i_first, i_wide);
             T* const squares = reinterpret_cast<T*>(mine + each.squares_at);
             T* const scratch = reinterpret_cast<T*>(mine + each.scratch_at);
-            for (int64_t e = 0; e < part.blocks() * block; ++e) sums[e] = 0;
+            Running<T> running(sums, part.blocks() * block, total);
             int64_t packed_n = -1;
             for (int64_t item = part.m0; item < part.m1; ++item) {
                 const int64_t rows = rank_one ? least(kDepth, n_all - item * kDepth) : depth;
@@ -177,7 +207,9 @@ bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const
                             for (int64_t e = 0; e < left.width(o) * panel; ++e) at[e] += scratch[e] * scratch[e];
                         }
                     }
+                running.next();
             }
+            running.finish();
         };
         for (int64_t job = jobs * index / count; job < jobs * (index + 1) / count; ++job) {
             const Part part = part_of(job);
@@ -212,18 +244,22 @@ template <class T>
 void moments_unpacked(const Engine<T>& engine, const Batch& a, const Batch& g, const Out& out, int threads) {
     const Unpacked<T> work(engine, a, g);
     const int64_t panel = engine.panel, block = panel * panel, i_panels = ceil_div(out.cols, panel), o_panels = ceil_div(out.rows, panel);
-    const int64_t part_size = i_panels * o_panels * block, each = part_size + block + work.scratch();
+    const bool total = g.batch > kRun;
+    const int64_t sums_size = i_panels * o_panels * block, part_size = sums_size * (total ? 2 : 1), each = part_size + block + work.scratch();
     const int64_t groups = least(threads, g.batch);
     T* const base = reinterpret_cast<T*>(workspace(groups * each * int64_t(sizeof(T))));
     parallel(int(groups), [&](int index, int count) {
         for (int64_t group = index; group < groups; group += count) {
             T *const sums = base + group * each, *const c = sums + part_size;
-            for (int64_t e = 0; e < part_size; ++e) sums[e] = 0;
-            for (int64_t m = g.batch * group / groups; m < g.batch * (group + 1) / groups; ++m)
+            Running<T> running(sums, sums_size, total);
+            for (int64_t m = g.batch * group / groups; m < g.batch * (group + 1) / groups; ++m) {
                 work.product(a, m % a.batch, g, m, c + block, c, [&](int64_t o, int64_t i, int64_t rows, int64_t, const T* product) {
                     T* const to = sums + (o / panel * i_panels + i / panel) * block;
                     for (int64_t e = 0; e < rows * panel; ++e) to[e] += product[e] * product[e];
                 });
+                running.next();
+            }
+            running.finish();
         }
         barrier(count);
         if (index == 0) write_sums(base, panel, Part{0, o_panels, 0, i_panels, 0, 0}, groups, each, out);

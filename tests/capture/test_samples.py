@@ -354,3 +354,28 @@ def test_a_tape_where_positions_are_as_many_as_samples():
     taped = hf.per_sample_grads(tape, reduction="mean")
     for name, truth in hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y)).items():
         assert relative(taped[name], truth) < 1e-12
+
+
+class Gated(nn.Module):
+    """Two layers in both directions; nothing of its weights goes through a call that has a rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(3, 4, num_layers=2, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:.*no layer rule covers")
+@pytest.mark.parametrize("positions", [1, 4, 6])
+def test_gated_recurrent_units(positions):
+    torch.manual_seed(0)
+    model, x, y = Gated().double(), torch.randn(6, positions, 3, dtype=torch.float64), torch.arange(6) % 3
+    truth = own_gradients(model, nn.CrossEntropyLoss(), x, y)
+    grads = hf.per_sample_grads(model, nn.CrossEntropyLoss(), (x, y))
+    assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12
+    assert relative(hf.per_sample_grad_norms(model, nn.CrossEntropyLoss(), (x, y)), truth.norm(dim=1)) < 1e-12
+    moment = hf.grad_second_moment(model, nn.CrossEntropyLoss(), (x, y))
+    assert relative(torch.cat([m.reshape(-1) for m in moment.values()]), truth.square().sum(0)) < 1e-12

@@ -44,7 +44,9 @@ def test_reduced_precisions(tier, mode):
             assert_accurate(got, ops.sample_norms_squared, *args, precision=mode)
 
 
-@pytest.mark.parametrize("size", ((8, 40, 256, 320, 1), (4, 64, 900, 300, 3), (2, 96, 1500, 700, 1), (2, 200, 900, 700, 1)))
+@pytest.mark.parametrize(
+    "size", ((8, 40, 256, 320, 1), (4, 64, 900, 300, 3), (2, 96, 1500, 700, 1), (2, 200, 900, 700, 1))
+)
 def test_what_a_split_leaves_out_of_the_diagonals_is_added(size):
     """lo lo' has one sign on the diagonals of a a' and g g': without it the error is near 6e-6, in every sample."""
     n, t, i, o, k = size

@@ -61,3 +61,28 @@ def test_the_same_bits_every_time_on_any_thread_count(tier):
                     first = ops.second_moment.on("cpu")(*args)
                     assert torch.equal(first, ops.second_moment.on("cpu")(*args))
                     assert_accurate(first, ops.second_moment, *args, precision="bf16x3")
+
+
+def test_more_than_two_to_the_31_values():
+    """Offsets beyond 32 bits, in the inputs of one position and of several (the expanded axis costs no memory)."""
+    for t, i in ((1, 1024), (2, 512)):
+        row = torch.randn(1, t, i, generator=torch.Generator().manual_seed(0))
+        a = row.expand((1 << 21) + 3, t, i)
+        g = torch.ones(a.shape[0], t, 1)
+        g[-1] = 3
+        found = ops.second_moment.on("cpu")(a, g)
+        truth = row.double().sum(1).square() * (a.shape[0] - 1 + 9)
+        assert float((found.double() - truth).abs().max()) <= 1e-4 * float(truth.max())
+
+
+@pytest.mark.parametrize("tier", tiers.TIERS)
+@pytest.mark.parametrize("size", ((5000, 2, 40, 30), (700, 130, 30, 20)))
+def test_long_sums_do_not_stand_still(tier, size):
+    """Equal samples: naive float32 sums of many drift in one direction. Blocks, and long samples of few features."""
+    n, t, i, o = size
+    generator = torch.Generator().manual_seed(0)
+    a, g = torch.randn(1, t, i, generator=generator), torch.randn(1, t, o, generator=generator)
+    truth = n * ops.second_moment.reference(a.double(), g.double())
+    with tiers.forced(tier), precision("ieee"):
+        found = ops.second_moment.on("cpu")(a.expand(n, t, i), g.expand(n, t, o))
+    assert float((found - truth).norm() / truth.norm()) < 5e-6
