@@ -87,7 +87,7 @@ class Run:
         """How many backward passes `pull` makes."""
         kind, f, apart = self._sweep.fisher_type, self._output, self._positions == 1 or self.apart
         if kind == "type-2" and self._sweep.problem.loss.joint:
-            return f[0].numel()
+            return f[0].numel() * (1 if apart else f.shape[0] // max(1, self.samples))
         if kind == "type-2":
             return self._sweep.problem.loss.rank(f.shape[self._axis]) * (1 if apart else self._positions)
         if kind == "empirical":
@@ -161,7 +161,7 @@ class Run:
             if loss.joint:
                 root = loss.root(f, target)
                 for z in torch.eye(f[0].numel(), dtype=f.dtype, device=f.device):
-                    yield root(z.view(1, *f.shape[1:]).expand_as(f)).detach()
+                    yield from self._by_row(root(z.view(1, *f.shape[1:]).expand_as(f)).detach())
                 return
             for u in loss.columns(f, target, self._axis):
                 yield from self._by_position(u)
@@ -191,6 +191,18 @@ class Run:
             one = torch.zeros_like(terms)
             one[:, t] = terms[:, t]
             yield self._from_terms(one)
+
+    def _by_row(self, u: Tensor) -> Iterator[Tensor]:
+        """The same for a loss with one term a row of the output, of which a sample may have several."""
+        per = u.shape[0] // max(1, self.samples)
+        if per <= 1 or self.apart:
+            yield u
+            return
+        rows = u.reshape(self.samples, per, -1)
+        for t in range(per):
+            one = torch.zeros_like(rows)
+            one[:, t] = rows[:, t]
+            yield one.view_as(u)
 
     def _as_terms(self, u: Tensor) -> Tensor:
         """Shaped like the output -> (N, positions, features)"""

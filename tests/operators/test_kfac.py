@@ -348,6 +348,30 @@ def test_a_position_that_meets_others_is_a_column_of_its_own():
     assert abs(float(rough.trace() / truth.trace()) - 1) < 0.1
 
 
+def test_rows_of_one_sample_that_meet_under_a_loss_without_a_closed_form():
+    """Several output rows a sample, which share parameters within the model: each is a loss term, and a column of its own."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.scale = nn.Parameter(torch.randn(4))
+
+        def forward(self, x):
+            h = torch.tanh(self.inner(x)) * self.scale
+            return self.head(h + h.roll(1, 1)).flatten(0, 1)
+
+    model, x, y = Rows(), torch.randn(5, 3, 4), torch.randn(15, 3)
+    for loss in (nn.SmoothL1Loss(beta=0.5), nn.HuberLoss(reduction="sum"), lambda f, y: (f - y).cosh().log().sum()):
+        truth = blocks_of(model, dense_ggn(model, loss, x, y))
+        ekfac = hf.EKFAC(model, loss, (x, y), fisher_type="type-2")
+        assert abs(float(ekfac.trace() / truth.trace()) - 1) < TOLERANCE
+        alone = hf.KFAC(model, loss, (x, y), fisher_type="type-2", params=["scale"]).to_dense()
+        names = [n for n, p in model.named_parameters() for _ in range(p.numel())]
+        mine = torch.tensor([n == "scale" for n in names])
+        assert relative(alone, truth[mine][:, mine]) < TOLERANCE
+
+
 def test_thin_factors_are_the_same_operator():
     """Few samples: rows instead of factors, in one batch; two batches make dense ones."""
     model = nn.Sequential(
