@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
@@ -81,15 +82,16 @@ def preserved(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Take implementations that can be differentiated twice: the math kernel of scaled dot-product attention, recurrent
-    layers without their fused library calls, which have a first derivative only, and weight normalisation by plain ops
-    (torch's fused one takes the norms for constants in its second derivative, so that its Hessian is wrong)."""
+    layers without their fused library calls, which have a first derivative only, bags of embeddings by plain ops for the same
+    reason, and weight normalisation by plain ops (torch's fused one takes the norms for constants in its second derivative, so
+    that its Hessian is wrong)."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_without_onednn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if any(_weight_normed(module) for module in model.modules()):
-            stack.enter_context(_PlainWeightNorm())
+        if any(_weight_normed(module) or isinstance(module, nn.EmbeddingBag) for module in model.modules()):
+            stack.enter_context(_PlainOps())
         yield
 
 
@@ -101,13 +103,73 @@ def _weight_normed(module: nn.Module) -> bool:
     )
 
 
-class _PlainWeightNorm(TorchFunctionMode):
-    """`torch._weight_norm(v, g, dim)` as v g / |v|, the norms over all axes but `dim`."""
+class _PlainOps(TorchFunctionMode):
+    """Functions of torch whose second derivative is wrong or missing, by others that have one."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is not torch._weight_norm:
-            return func(*args, **(kwargs or {}))
-        return _weight_norm(*args, **(kwargs or {}))
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        if func is F.embedding_bag:
+            return _embedding_bag(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _embedding_bag(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    offsets: torch.Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: torch.Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> torch.Tensor:
+    """`F.embedding_bag`: bags (B, D), each the sum, mean or largest of its rows of weight (V, D)."""
+    with torch.no_grad():  # raises what it raises, and renormalises the weight where that is asked for
+        value = F.embedding_bag(
+            indices,
+            weight,
+            offsets,
+            max_norm,
+            norm_type,
+            False,
+            mode,
+            False,
+            per_sample_weights,
+            include_last_offset,
+            padding_idx,
+        )
+    if indices.dim() == 2:
+        width = indices.shape[1]
+        starts = torch.arange(0, indices.numel(), max(width, 1), device=indices.device)[: indices.shape[0]]
+        indices, factors = (
+            indices.reshape(-1),
+            per_sample_weights if per_sample_weights is None else per_sample_weights.reshape(-1),
+        )
+    else:
+        starts, factors = offsets[:-1] if include_last_offset else offsets, per_sample_weights
+    places = torch.arange(indices.numel(), device=indices.device)
+    bag = torch.searchsorted(starts.contiguous(), places, right=True) - 1
+    kept = torch.ones_like(indices, dtype=weight.dtype)
+    if padding_idx is not None:
+        kept = (indices != padding_idx % weight.shape[0]).to(weight.dtype)
+    rows = weight[indices]
+    if mode == "max":  # of equal rows the first
+        with torch.no_grad():
+            largest = (rows == value[bag]) & (kept > 0).unsqueeze(1)
+            first = torch.full_like(value, indices.numel(), dtype=torch.int64)
+            candidates = torch.where(largest, places.unsqueeze(1), indices.numel())
+            first = first.scatter_reduce(0, bag.unsqueeze(1).expand_as(rows), candidates, "amin")
+        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        return padded.gather(0, first)
+    rows = rows * (kept if factors is None else kept * factors).unsqueeze(1)
+    total = weight.new_zeros(starts.numel(), weight.shape[1]).index_add(0, bag, rows)
+    if mode == "mean":
+        total = total / kept.new_zeros(starts.numel()).index_add(0, bag, kept).clamp(min=1).unsqueeze(1)
+    return total
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:

@@ -98,3 +98,39 @@ def test_options_of_an_embedding_for_optimisers_change_no_curvature(options):
     for mine, truth in zip(*(hf.per_sample_grads(m, loss, (x, y)).values() for m in (model, plain)), strict=True):
         assert relative(mine, truth) < 1e-12
     assert all(getattr(model.table, name) is value for name, value in options.items())
+
+
+class Bags(nn.Module):
+    """Bags of embeddings given as rows or, with offsets, as one list (an empty bag among them), weighted or not."""
+
+    def __init__(self, mode, padding, weighted, listed):
+        super().__init__()
+        self.bags, self.head = nn.EmbeddingBag(7, 4, mode=mode, padding_idx=padding), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.rand(6, 5) + 0.5) if weighted else None
+        self.listed = listed
+
+    def forward(self, x):
+        if self.listed:
+            offsets = torch.tensor([0, 3, 3, 10, 17, 25])
+            scale = None if self.scale is None else self.scale.reshape(-1)
+            return self.head(torch.tanh(self.bags(x.reshape(-1), offsets, scale)))
+        return self.head(torch.tanh(self.bags(x, per_sample_weights=self.scale)))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize(
+    ("mode", "weighted"), [("sum", False), ("sum", True), ("mean", False), ("max", False)], ids=lambda value: str(value)
+)
+@pytest.mark.parametrize("padding", [None, 2])
+def test_bags_of_embeddings(mode, weighted, padding, listed):
+    model, x = Bags(mode, padding, weighted, listed), torch.randint(0, 7, (6, 5))
+    before = model(x)
+    loss, y = hessian_agrees(model, x)
+    assert torch.equal(model(x), before)
+    params = list(model.parameters())
+    output = model(x)
+    rows = [torch.autograd.grad(one, params, retain_graph=True, allow_unused=True) for one in output.reshape(-1)]
+    jacobian = torch.stack([torch.cat([g.reshape(-1) for g in row]) for row in rows])
+    p = torch.softmax(output.detach(), 1)
+    middle = torch.block_diag(*(torch.diag(one) - torch.outer(one, one) for one in p)) / len(p)
+    assert relative(hf.GGN(model, loss, (x, y)).to_dense(), jacobian.T @ middle @ jacobian) < 1e-12
