@@ -138,7 +138,8 @@ class Tape:
                     call.check()
             as_weight = [(c.normal, g) for c, g in uses if c.weight is p]
             as_bias = [(c.normal, g) for c, g in uses if c.bias is p]
-            built.append(site_of(tuple(p.shape), as_weight, as_bias, uses[0][0].samples if uses else 0))
+            samples = next((c.samples for c, _ in uses if c.weight is p or c.bias is p), 0)
+            built.append(site_of(tuple(p.shape), as_weight, as_bias, samples))
         return built
 
 

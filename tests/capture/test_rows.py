@@ -182,3 +182,26 @@ def test_samples_without_a_gradient_tell_nothing():
     for y in targets:
         rows = own_gradients(model, loss, x, y).nan_to_num()  # a batch of one ignored target has the loss 0 / 0
         assert relative(hf.per_sample_grad_norms(model, loss, (x, y)), rows.norm(dim=1)) < 1e-12
+
+
+class Convolved(nn.Module):
+    """A table of positions looked up once, before a convolution over them; the tokens' own table is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(7, 4).requires_grad_(False), nn.Embedding(5, 4)
+        self.conv, self.head = nn.Conv1d(4, 4, 3, padding=1), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.tokens(x) + self.places(torch.arange(x.shape[1]))
+        return self.head(torch.tanh(self.conv(h.transpose(1, 2))).mean(2))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_table_of_positions_before_a_convolution(n):
+    model, x, y = Convolved(), torch.randint(0, 7, (n, 3)), torch.arange(n) % 3
+    loss = nn.CrossEntropyLoss()
+    truth = own_gradients(model, loss, x, y)
+    grads = hf.per_sample_grads(model, loss, (x, y))
+    assert relative(torch.cat([g.reshape(n, -1) for g in grads.values()], 1), truth) < 1e-12
+    assert relative(hf.EmpiricalFisher(model, loss, (x, y)).to_dense(), truth.T @ truth / n) < 1e-12
