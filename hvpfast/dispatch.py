@@ -148,8 +148,8 @@ class Op:
             return self._run_on(forced, args, kwargs)
         device = _device(args, kwargs)
         candidates = self._auto.get(device)
-        if candidates is None:
-            candidates = self._candidates(device)
+        if candidates is None:  # a compiler traces no imports, and takes the reference anyway
+            candidates = () if _is_compiling() else self._candidates(device)
         if candidates and not _is_compiling():
             extended = {**kwargs, "precision": precision} if kwargs else {"precision": precision}
             touchable = False
