@@ -10,6 +10,7 @@ from contextvars import ContextVar
 import torch
 
 _DEVICES = ("cpu", "cuda")
+_NOTHING = contextlib.nullcontext()
 _users: ContextVar[tuple[tuple[str, torch.dtype, bool], ...]] = ContextVar("users", default=())
 
 
@@ -34,10 +35,15 @@ def full_precision(function: Callable) -> Callable:
     return unchanged
 
 
-@contextlib.contextmanager
-def as_the_user_has_it() -> Iterator[None]:
+def as_the_user_has_it() -> contextlib.AbstractContextManager:
     """Autocast as it was where the outermost `full_precision` function was called."""
+    found = _users.get()
+    return _entered(found) if found else _NOTHING
+
+
+@contextlib.contextmanager
+def _entered(found: tuple[tuple[str, torch.dtype, bool], ...]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for device, dtype, cache in _users.get():
+        for device, dtype, cache in found:
             stack.enter_context(torch.autocast(device, dtype, cache_enabled=cache))
         yield

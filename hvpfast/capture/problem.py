@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from hvpfast.autocast import as_the_user_has_it
 from hvpfast.capture.data import Batch, Data, batch_size, call, tensors_in
 from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.losses import Loss
+from hvpfast.capture.modules import named_modules, parameters
 from hvpfast.capture.state import refuse_batch_statistics, refuse_dropout
 from hvpfast.capture.torch_losses import as_loss
 from hvpfast.space import Space
@@ -62,25 +64,35 @@ class Problem:
             StateError: the model draws random numbers that change its output. NonFiniteError: NaN or inf in the loss.
             ValueError: the output needs no grad, tensors on other devices, no samples.
         """
-        self._check_devices(batch)
-        if batch_size(batch.inputs) == 0:
-            raise ValueError(f"{self.who}: batch {batch.index} holds no samples")
-        output = self._run(batch)
+        output = self.run(batch)
         with as_the_user_has_it():
             value = self.loss(output, batch.target)
         weight = self._weight(batch, output)
-        if weight == 0:  # every target ignored: 0 / 0 on its own, and no part of the mean over all batches
-            return Evaluated(batch, output, value, weight)
-        if not bool(torch.isfinite(value.detach())):
-            raise NonFiniteError(
-                f"{self.who}: batch {batch.index}: the loss is {float(value.detach())}: {self._blame(batch, output)}"
-            )
+        if weight != 0:  # else every target is ignored: 0 / 0 on its own, and no part of the mean over all batches
+            self.check_loss(value, batch, output)
+        return Evaluated(batch, output, value, weight)
+
+    def run(self, batch: Batch) -> object:
+        """The model's output on one batch, with the graph.
+
+        Raises:
+            StateError: the model draws random numbers that change its output. ValueError: tensors on other devices, no samples.
+        """
+        self._check_devices(batch)
+        if batch_size(batch.inputs) == 0:
+            raise ValueError(f"{self.who}: batch {batch.index} holds no samples")
+        return self._run(batch)
+
+    def check_loss(self, value: Tensor, batch: Batch, output: object) -> None:
+        """Raise NonFiniteError if a scalar of this batch is NaN or inf, ValueError if it needs no grad."""
+        number = value.item()
+        if not math.isfinite(number):
+            raise NonFiniteError(f"{self.who}: batch {batch.index}: the loss is {number}: {self._blame(batch, output)}")
         if not value.requires_grad:
             raise ValueError(
                 f"{self.who}: the loss needs no grad: the model's output does not depend on any parameter through autograd "
                 f"(is its forward under torch.no_grad(), or does it detach?)"
             )
-        return Evaluated(batch, output, value, weight)
 
     def output_tensor(self, output: object) -> Tensor:
         """The output, which must be one tensor with a batch axis that autograd can see."""
@@ -183,7 +195,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def finite(x: Tensor) -> bool:
     """Whether x holds neither NaN nor inf: by its sum, one read and no temporary; element by element only if that is not."""
-    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+    return math.isfinite(x.sum().item()) or bool(torch.isfinite(x).all())
 
 
 def chosen_parameters(model: nn.Module, params: object, who: str) -> dict[str, Tensor]:
@@ -193,7 +205,9 @@ def chosen_parameters(model: nn.Module, params: object, who: str) -> dict[str, T
         ValueError: none at all, unknown names, tensors that are not the model's, frozen ones asked for by name, or
             parameters on several devices. TypeError: complex or integer parameters.
     """
-    names = dict(model.named_parameters(remove_duplicate=False))
+    # Asked for by name, a shared module's parameters have several; without names the first will do.
+    every = parameters(named_modules(model)) if params is None else model.named_parameters(remove_duplicate=False)
+    names = dict(every)
     first: dict[int, str] = {}
     for name, p in names.items():
         first.setdefault(id(p), name)

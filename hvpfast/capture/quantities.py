@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import methodcaller
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from hvpfast.capture.errors import NonFiniteError
 from hvpfast.capture.problem import finite
 from hvpfast.capture.record import record, scale_of
 from hvpfast.capture.samples import Samples
-from hvpfast.capture.sites import Site
+from hvpfast.capture.site import Site, added
 
 _ARGUMENTS = """
     Args:
@@ -26,14 +28,23 @@ _ARGUMENTS = """
 """
 
 
+class _Chunk(NamedTuple):
+    """Some samples. names: of the parameters. map: (statistic of a site) -> its values, one a parameter, from one backward
+    pass (see `Samples.map`). scale: what makes a site's rows gradients of the samples' own losses."""
+
+    names: tuple[str, ...]
+    map: Callable[[Callable[[Site], Any]], list]
+    scale: float
+
+
 def _chunks(
     who: str, model: object, loss: object, batch: object, params: object, reduction: str | None, chunk_size: int | None
-) -> Iterator[tuple[tuple[str, ...], list[Site], float]]:
-    """Names, sites, and the factor that makes a site's rows gradients of the samples' own losses; one a chunk."""
+) -> Iterator[_Chunk]:
     if isinstance(model, record):
         if loss is not None or batch is not None or params is not None or chunk_size is not None:
             raise TypeError(f"{who}: a tape takes neither loss, batch, params nor chunk_size: it has its pass already")
-        yield model.names, model.sites(who), scale_of(reduction, model.samples, who)
+        sites = model.sites(who)
+        yield _Chunk(model.names, lambda f: [f(site) for site in sites], scale_of(reduction, model.samples, who))
         return
     if reduction is not None:
         raise TypeError(f"{who}: reduction is for tapes; with a model the loss says it")
@@ -45,7 +56,7 @@ def _chunks(
         raise ValueError(f"{who}: chunk_size is {chunk_size!r}; it must be a positive number of samples")
     for part in _split(batch, chunk_size, who):
         samples = Samples(model, loss, part, params, who)
-        yield samples.names, samples.sites, 1.0
+        yield _Chunk(samples.names, samples.map, 1.0)
 
 
 def _split(batch: object, chunk_size: int | None, who: str) -> Iterator[object]:
@@ -103,24 +114,20 @@ def per_sample_grads(
         StateError, NonFiniteError, ValueError, TypeError: as for `hvpfast.GGN` and `hvpfast.record`.
     """
     parts: dict[str, list[Tensor]] = {}
-    for names, sites, scale in _chunks("per_sample_grads", model, loss, batch, params, reduction, chunk_size):
-        for name, site in zip(names, sites, strict=True):
-            grads = site.sample_grads()
+    for names, each, scale in _chunks("per_sample_grads", model, loss, batch, params, reduction, chunk_size):
+        for name, grads in zip(names, each(methodcaller("sample_grads")), strict=True):
             _require_finite(grads, "per_sample_grads", name)
             parts.setdefault(name, []).append(grads if scale == 1 else grads * scale)
     return {name: some[0] if len(some) == 1 else torch.cat(some) for name, some in parts.items()}
 
 
-def _norms(who: str, names: tuple[str, ...], sites: list[Site], scale: float) -> Tensor:
-    return _norms_of(who, names, [site.norms_squared() for site in sites], scale)
-
-
-def _norms_of(who: str, names: tuple[str, ...], squares: list[Tensor], scale: float) -> Tensor:
-    total = sum(squares)
+def _norms(who: str, names: tuple[str, ...], squares: Sequence[Tensor], scale: float) -> Tensor:
+    total = added(squares)
     if not finite(total):
         for name, square in zip(names, squares, strict=True):
             _require_finite(square, who, name)
-    return total.clamp_(min=0).sqrt_().mul_(scale)
+    norms = total.clamp_(min=0).sqrt_()
+    return norms if scale == 1 else norms.mul_(scale)
 
 
 def _require_finite(x: Tensor, who: str, name: str) -> None:
@@ -148,8 +155,10 @@ def per_sample_grad_norms(
 
     Samples and errors as for `per_sample_grads`.
     """
-    chunks = _chunks("per_sample_grad_norms", model, loss, batch, params, reduction, chunk_size)
-    return torch.cat([_norms("per_sample_grad_norms", *chunk) for chunk in chunks])
+    who = "per_sample_grad_norms"
+    chunks = _chunks(who, model, loss, batch, params, reduction, chunk_size)
+    norms = [_norms(who, names, each(methodcaller("norms_squared")), scale) for names, each, scale in chunks]
+    return norms[0] if len(norms) == 1 else torch.cat(norms)
 
 
 @_documented
@@ -167,8 +176,15 @@ def per_sample_gram(
 
     Samples and errors as for `per_sample_grads`.
     """
-    ((names, sites, scale),) = _chunks("per_sample_gram", model, loss, batch, params, reduction, None)
-    total = sum(site.gram() for site in sites).mul_(scale**2)
+    ((names, each, scale),) = _chunks("per_sample_gram", model, loss, batch, params, reduction, None)
+    total: Tensor | None = None
+
+    def add(site: Site) -> None:
+        nonlocal total
+        total = site.gram() if total is None else total.add_(site.gram())
+
+    each(add)
+    total.mul_(scale**2)
     _require_finite(total, "per_sample_gram", names[0])
     return total
 
@@ -191,9 +207,8 @@ def grad_second_moment(
     Samples and errors as for `per_sample_grads`.
     """
     total: dict[str, Tensor] = {}
-    for names, sites, scale in _chunks("grad_second_moment", model, loss, batch, params, reduction, chunk_size):
-        for name, site in zip(names, sites, strict=True):
-            moment = site.second_moment()
+    for names, each, scale in _chunks("grad_second_moment", model, loss, batch, params, reduction, chunk_size):
+        for name, moment in zip(names, each(methodcaller("second_moment")), strict=True):
             _require_finite(moment, "grad_second_moment", name)
             moment = moment if scale == 1 else moment * scale**2
             total[name] = total[name].add_(moment) if name in total else moment
@@ -222,9 +237,9 @@ def grad_statistics(
     """
     totals: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     every: list[Tensor] = []
-    for names, sites, scale in _chunks("grad_statistics", model, loss, batch, params, reduction, chunk_size):
-        norms, *sums = zip(*(site.statistics() for site in sites), strict=True)
-        every.append(_norms_of("grad_statistics", names, list(norms), scale))
+    for names, each, scale in _chunks("grad_statistics", model, loss, batch, params, reduction, chunk_size):
+        norms, *sums = zip(*each(methodcaller("statistics")), strict=True)
+        every.append(_norms("grad_statistics", names, list(norms), scale))
         for total, parts, factor in zip(totals, sums, (scale, scale**2), strict=True):
             for name, part in zip(names, parts, strict=True):
                 _require_finite(part, "grad_statistics", name)
@@ -261,8 +276,9 @@ def clipped_grad(
         raise ValueError(f"clipped_grad: max_norm is {max_norm}; it must be positive")
     total: dict[str, Tensor] = {}
     every: list[Tensor] = []
-    for names, sites, scale in _chunks("clipped_grad", model, loss, batch, params, reduction, chunk_size):
-        norms = _norms("clipped_grad", names, sites, scale)
+    for names, each, scale in _chunks("clipped_grad", model, loss, batch, params, reduction, chunk_size):
+        sites, squares = zip(*each(lambda site: (site, site.norms_squared())), strict=True)
+        norms = _norms("clipped_grad", names, squares, scale)
         weights = (max_norm / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp_(max=1).mul_(scale).unsqueeze(1)
         for name, site in zip(names, sites, strict=True):
             clipped = site.weighted(weights)[0]

@@ -64,13 +64,14 @@ def shared_tables(tape: Tape, model: nn.Module, nodes: Iterable[Node], n: int) -
             yield call, dataclasses.replace(call, x=x, edge=edge, normal=normal, samples=n, extents=shape[2:])
 
 
-def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows:
+def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int, mixed: bool) -> Rows:
     """What the calls behind `output`, N samples in order, do with their rows.
 
     Two backward passes, of the first and of the last sample that the output depends on anything for, that keep one bit a
     row; once for a model and a pattern of calls (their layers, and which of their axes are as long as the batch).
+    `mixed`: see `mixes_samples`.
     """
-    if n < 2 or not output.numel() or mixes_samples(model):
+    if n < 2 or mixed or not output.numel():
         return UNKNOWN  # one sample shares nothing; batch statistics mix samples everywhere, by design
     pattern = pattern_of(tape, n)
     known = _known.setdefault(model, {}) if model is not None else {}
@@ -82,11 +83,10 @@ def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int) -> Rows
     return rows
 
 
-def mixes_samples(model: nn.Module | None) -> bool:
-    """Whether a layer of the model normalises by the batch's own statistics."""
+def mixes_samples(modules: Iterable[tuple[str, nn.Module]]) -> bool:
+    """Whether one of these layers normalises by the batch's own statistics."""
     kind = nn.modules.batchnorm._BatchNorm
-    modules = () if model is None else model.modules()
-    return any(isinstance(module, kind) and (module.training or module.running_mean is None) for module in modules)
+    return any(isinstance(module, kind) and (module.training or module.running_mean is None) for _, module in modules)
 
 
 def pattern_of(tape: Tape, n: int) -> tuple:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from hvpfast.capture.tape import recording
 _warned: set[tuple[str, ...]] = set()
 
 
+Result = TypeVar("Result")
+
+
 class Samples:
     """One batch's per-sample gradients, each parameter as a `Site`; what no rule covers, by autograd, as rows.
 
@@ -25,29 +29,40 @@ class Samples:
         model, loss, params: as for `Hessian`. batch: (X, y). who: the public call, for errors.
 
     Attributes:
-        names, sites: of the parameters, in order.
+        names: of the parameters, in order.
     """
 
     def __init__(self, model: nn.Module, loss: object, batch: object, params: object, who: str):
-        problem = Problem(model, loss, [batch] if isinstance(batch, tuple) else batch, params, who, per_sample=True)
-        self.problem, self.names = problem, problem.space.names
-        tensors = list(problem.params.values())
-        with preserved(model):
+        self.problem = Problem(
+            model, loss, [batch] if isinstance(batch, tuple) else batch, params, who, per_sample=True
+        )
+        self.names = self.problem.space.names
+
+    def map(self, statistic: Callable[[Site], Result]) -> list[Result]:
+        """The statistic of every parameter's site, in order; each is taken in the backward pass, as soon as the gradients
+        are there, which are then let go: no more memory than a plain gradient needs, and data still in the cache.
+        """
+        problem = self.problem
+        tensors, results = list(problem.params.values()), {}
+        with preserved(problem.model):
             (one,) = problem.data
-            with recording(model, tensors) as tape:
-                evaluated = problem.evaluate(one)
-            output = problem.output_tensor(evaluated.output)
+            with recording(problem.model, tensors) as tape:
+                output = problem.output_tensor(problem.run(one))
             with as_the_user_has_it():
                 losses = problem.loss.sample_losses(output, one.target)
+            problem.check_loss(losses.sum(), one, output)
             covered = tape.covered(losses, tensors)
             rest = {n: p for (n, p), own in zip(problem.params.items(), covered, strict=True) if not own}
-            edges = [call.edge for call in tape.calls]
-            grads = (
-                torch.autograd.grad(losses.sum(), edges, retain_graph=bool(rest), allow_unused=True) if edges else ()
-            )
-            by_rule = iter(tape.sites([p for p, own in zip(tensors, covered, strict=True) if own], list(grads)))
-            by_autograd = iter(self._by_autograd(one, losses, rest))
-            self.sites: list[Site] = [next(by_rule if own else by_autograd) for own in covered]
+            by_rule = [i for i, own in enumerate(covered) if own]
+
+            def receive(number: int, site: Site) -> None:
+                results[by_rule[number]] = statistic(site)
+
+            tape.stream([tensors[i] for i in by_rule], losses, torch.ones_like(losses), receive, bool(rest))
+            by_autograd = (i for i, own in enumerate(covered) if not own)
+            for i, site in zip(by_autograd, self._by_autograd(one, losses, rest), strict=True):
+                results[i] = statistic(site)
+        return [results[i] for i in range(len(tensors))]
 
     def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:
         def own(output: object, target: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
@@ -62,18 +62,20 @@ class Site:
 class DenseSite(Site):
     """Gradient rows held as they are, (M, p): biases of single positions, and whatever came from autograd."""
 
-    def __init__(self, shape: tuple[int, ...], flat: Tensor):
+    def __init__(self, shape: tuple[int, ...], flat: Tensor, borrowed: bool = False):
+        """`borrowed`: the rows may be another tensor's memory, which no caller must get."""
         super().__init__(shape, flat.shape[0])
-        self.flat = flat
+        self.flat, self._borrowed = flat, borrowed
 
     def tensors(self) -> list[Tensor]:
         return [self.flat]
 
     def sample_grads(self) -> Tensor:
-        return self.flat.reshape(-1, *self.shape)
+        return (self.flat.clone() if self._borrowed else self.flat).reshape(-1, *self.shape)
 
     def norms_squared(self) -> Tensor:
-        return self.flat.square().sum(1)
+        # Of the gradients of a Linear's bias, whose input is a one: in one pass, with no array of squares.
+        return ops.sample_norms_squared(self.flat.new_ones(1, 1, 1).expand(self.rows, 1, 1), self.flat.unsqueeze(1))
 
     def dots(self, w: Tensor) -> Tensor:
         return self.flat @ w.reshape(w.shape[0], -1).T.to(self.flat.dtype)
@@ -99,7 +101,7 @@ class SummedSite(DenseSite):
         make: Callable[[], Tensor],
     ):
         Site.__init__(self, shape, rows)
-        self._statistics, self._make = statistics, make
+        self._statistics, self._make, self._borrowed = statistics, make, False
 
     @functools.cached_property
     def flat(self) -> Tensor:
@@ -121,6 +123,11 @@ class EmptySite(Site):
 
     def tensors(self) -> list[Tensor]:
         return []
+
+
+def added(parts: Iterable[Tensor]) -> Tensor:
+    """The sum of one or more tensors: `sum` would copy the first."""
+    return functools.reduce(Tensor.add, parts)
 
 
 def widened(x: Tensor) -> Tensor:

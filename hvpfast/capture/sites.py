@@ -16,7 +16,7 @@ from hvpfast import ops
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal
 from hvpfast.capture.lookups import LookupSite, TiedSite
-from hvpfast.capture.site import DenseSite, EmptySite, Site, SummedSite, widened
+from hvpfast.capture.site import DenseSite, EmptySite, Site, SummedSite, added, widened
 
 # Kinds of uses that one weight may have together: a table of embeddings and a Linear.
 TIED = {"rows", "linear"}
@@ -69,11 +69,11 @@ class LinearSite(Site):
         return self._gather([ops.sample_grads(a, g) for a, g in self.groups])
 
     def norms_squared(self) -> Tensor:
-        return sum(ops.sample_norms_squared(a, g) for a, g in self.groups)
+        return added(ops.sample_norms_squared(a, g) for a, g in self.groups)
 
     def dots(self, w: Tensor) -> Tensor:
         pairs = zip(self.groups, self._split(w), strict=True)
-        return sum(ops.sample_dots(a, g, part.to(a.dtype)) for (a, g), part in pairs)
+        return added(ops.sample_dots(a, g, part.to(a.dtype)) for (a, g), part in pairs)
 
     def weighted(self, c: Tensor) -> Tensor:
         return self._gather([ops.weighted_grad(a, g, c.to(a.dtype)) for a, g in self.groups])
@@ -85,7 +85,7 @@ class LinearSite(Site):
         if self.groups[0][0].is_cpu:  # where each has a kernel of its own, and no one has all three
             return super().statistics()
         norms, sums, squares = zip(*(ops.sample_statistics(a, g) for a, g in self.groups), strict=True)
-        return sum(norms), *(self._gather([one.unsqueeze(0) for one in parts])[0] for parts in (sums, squares))
+        return added(norms), *(self._gather([one.unsqueeze(0) for one in parts])[0] for parts in (sums, squares))
 
 
 class PatchSite(Site):
@@ -202,7 +202,7 @@ def _linear_site(shape: tuple[int, ...], pairs: Sequence[tuple[Tensor, Tensor]],
 
 def _scale_site(shape: tuple[int, ...], uses: list[Use]) -> Site:
     def rows() -> Tensor:
-        return sum(_scale_rows(normal.inputs()[0], normal.grads(grad)[0]) for normal, grad in uses)
+        return added(_scale_rows(normal.inputs()[0], normal.grads(grad)[0]) for normal, grad in uses)
 
     ((normal, grad), *others) = uses
     if others or normal.scaled is None:
@@ -213,7 +213,7 @@ def _scale_site(shape: tuple[int, ...], uses: list[Use]) -> Site:
 
 def _bias_site(shape: tuple[int, ...], uses: list[Use]) -> Site:
     def rows() -> Tensor:
-        return sum(_bias_rows(normal, grad) for normal, grad in uses)
+        return added(_bias_rows(normal, grad) for normal, grad in uses)
 
     ((normal, grad), *others) = uses
     if others or normal.bias is not None:
@@ -223,7 +223,7 @@ def _bias_site(shape: tuple[int, ...], uses: list[Use]) -> Site:
     if scaling is not None:
         return SummedSite(shape, g.shape[1], lambda: scaling.statistics[1::2], rows)
     if g.shape[2] == 1:
-        return DenseSite(shape, rows())
+        return DenseSite(shape, rows(), borrowed=True)
     g = g.permute(1, 2, 0, 3).flatten(2)
     return SummedSite(shape, len(g), lambda: ops.bias_sample_stats(g), rows)
 

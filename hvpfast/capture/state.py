@@ -12,6 +12,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
 from hvpfast.capture.errors import StateError
+from hvpfast.capture.modules import named_modules, parameters
 
 _measuring = 0  # how many `preserved` blocks are open
 
@@ -34,10 +35,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Raises:
         StateError: an activation that a gradient needs was changed in place (autograd's own error, with what to do).
     """
-    modules = list(model.modules())
+    named = named_modules(model)
+    modules = [module for _, module in named]
     modes = [(module, module.training) for module in modules]
     buffers = [(module, name, tensor) for module in modules for name, tensor in module._buffers.items()]
-    leaves = [(p, p.grad, p.requires_grad) for p in model.parameters()]
+    leaves = [(p, p.grad, p.requires_grad) for p in {id(p): p for _, p in parameters(named)}.values()]
     devices = sorted({p.device.index for p, _, _ in leaves if p.device.type == "cuda"})
     random, cuda = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in devices]
     copies: dict[int, torch.Tensor] = {}
@@ -190,7 +192,7 @@ def refuse_dropout(model: nn.Module, who: str) -> None:
     """Raise StateError if a dropout layer is active, naming it."""
     active = [
         name or type(module).__name__
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if module.training
         and (
             (isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0)
@@ -209,7 +211,7 @@ def refuse_batch_statistics(model: nn.Module, who: str) -> None:
     """Raise StateError if a BatchNorm layer normalises by the batch's own statistics, naming it."""
     active = [
         name or type(module).__name__
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
     ]
     if active:

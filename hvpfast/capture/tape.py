@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from hvpfast.capture.attention import projections
 from hvpfast.capture.elementwise import Elementwise, elementwise
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal, rule_of
+from hvpfast.capture.modules import named_modules
+from hvpfast.capture.pull import last_calls, pull_back
 from hvpfast.capture.rows import UNKNOWN, mixes_samples, rows_of, shared_tables
 from hvpfast.capture.sites import TIED, Site, site_of
 
@@ -70,6 +72,7 @@ class Tape:
     def __init__(self, model: nn.Module | None = None, watch: Watch | None = None) -> None:
         self.calls: list[Call] = []
         self.rows = UNKNOWN
+        self.modules = [] if model is None else named_modules(model)
         self._model, self._watch = model, watch
 
     def covered(
@@ -86,15 +89,16 @@ class Tape:
         leaves = {get_gradient_edge(p).node: p for p in params}
         nodes, uses = graph_uses(output, leaves)
         n = output.shape[0] if samples is None else samples
-        for one in projections(self._model.named_modules(), nodes, leaves, n) if self._model is not None else ():
+        for one in projections(self.modules, nodes, leaves, n):
             call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, n, None)
             self._append(call, one.node)
+        mixed = mixes_samples(self.modules)
         if self._model is not None:
             for call, spread in list(shared_tables(self, self._model, nodes, n)):
                 call.weight = call.bias = None
                 self._append(spread, spread.edge.node)
             taken = {id(p) for call in self.calls for p in (call.weight, call.bias)}
-            if not all(id(p) in taken for p in params) and not mixes_samples(self._model):
+            if not mixed and not all(id(p) in taken for p in params):
                 for one in elementwise(nodes, leaves, taken, n):
                     axes = len(one.shape) - 1
                     call = Call(
@@ -111,7 +115,7 @@ class Tape:
                     kinds.setdefault(id(p), set()).add(kind)
         # Tied across different kinds of layers: no one rule has all of it.
         doubtful.update(p for p, mine in kinds.items() if len(mine) > 1 and mine != TIED)
-        self.rows = rows_of(self, self._model, output, n)
+        self.rows = rows_of(self, self._model, output, n, mixed)
         for number, call in enumerate(self.calls):
             mine = [id(p) for p in (call.weight, call.bias) if p is not None]
             strict = not folded or call.normal.kind == "scale" or any(kinds[p] == TIED for p in mine)
@@ -130,17 +134,65 @@ class Tape:
 
     def sites(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Site]:
         """For each parameter its `Site`, from the gradients (M, *output) at every call's output (None: not reached)."""
-        built = []
-        for p in params:
-            uses = [(c, g) for c, g in zip(self.calls, grads, strict=True) if g is not None]
-            for call, _ in uses:
-                if call.weight is p:
-                    call.check()
-            as_weight = [(c.normal, g) for c, g in uses if c.weight is p]
-            as_bias = [(c.normal, g) for c, g in uses if c.bias is p]
-            samples = next((c.samples for c, _ in uses if c.weight is p or c.bias is p), 0)
-            built.append(site_of(tuple(p.shape), as_weight, as_bias, samples))
-        return built
+        reached = {number: grad for number, grad in enumerate(grads) if grad is not None}
+        return [self._site(p, numbers, reached) for p, numbers in zip(params, self._uses(params), strict=True)]
+
+    def stream(
+        self, params: Sequence[Tensor], output: Tensor, u: Tensor, receive: Callable[[int, Site], None], retain: bool
+    ) -> None:
+        """Run u, shaped like the output, back; `receive` gets each parameter's number and `Site` as soon as its last use has
+        its gradient. Then neither the gradients nor, unless the graph is retained, the inputs of its uses are held.
+        """
+        uses = self._uses(params)
+        left = [set(numbers) for numbers in uses]
+        waiting: list[list[int]] = [[] for _ in self.calls]
+        for i, numbers in enumerate(uses):
+            for number in numbers:
+                waiting[number].append(i)
+        unread = [len(some) for some in waiting]
+        grads: dict[int, Tensor] = {}
+
+        def finish(done: Sequence[int]) -> None:
+            # All of a call's at once: a scale and its shift share a pass.
+            sites = [self._site(params[i], uses[i], grads) for i in done]
+            for i in done:
+                for number in uses[i]:
+                    unread[number] -= 1
+                    if unread[number] == 0:
+                        grads.pop(number, None)
+                        if not retain:
+                            self.calls[number].x = self.calls[number].normal = None
+            for i in done:
+                receive(i, sites.pop(0))
+
+        def arrived(number: int, grad: Tensor) -> None:
+            if not waiting[number]:
+                return
+            grads[number] = grad
+            for i in waiting[number]:
+                left[i].discard(number)
+            finish([i for i in waiting[number] if not left[i]])
+
+        pull_back(self, output, u, last_calls(self, output), arrived, retain)
+        finish([i for i, some in enumerate(left) if some or not uses[i]])  # uses that the output does not depend on
+
+    def _uses(self, params: Sequence[Tensor]) -> list[list[int]]:
+        """Of each parameter the numbers of the calls that use it."""
+        found: dict[int, list[int]] = {id(p): [] for p in params}
+        for number, call in enumerate(self.calls):
+            for p in (call.weight, call.bias):
+                if p is not None and id(p) in found:
+                    found[id(p)].append(number)
+        return [found[id(p)] for p in params]
+
+    def _site(self, p: Tensor, numbers: Sequence[int], grads: Mapping[int, Tensor]) -> Site:
+        uses = [(self.calls[number], grads[number]) for number in numbers if number in grads]
+        for call, _ in uses:
+            if call.weight is p:
+                call.check()
+        as_weight = [(c.normal, g) for c, g in uses if c.weight is p]
+        as_bias = [(c.normal, g) for c, g in uses if c.bias is p]
+        return site_of(tuple(p.shape), as_weight, as_bias, uses[0][0].samples if uses else 0)
 
 
 @contextlib.contextmanager
@@ -176,10 +228,8 @@ def recording(model: nn.Module, params: Sequence[Tensor], watch: Watch | None = 
         return record
 
     try:
-        for name, module in model.named_modules():
-            if rule_of(module) is not None and any(
-                id(p) in wanted for p in module._parameters.values() if p is not None
-            ):
+        for name, module in tape.modules:
+            if any(id(p) in wanted for p in module._parameters.values()) and rule_of(module) is not None:
                 # First of all hooks, so that the output is the layer's own.
                 handles.append(module.register_forward_hook(hook(name), prepend=True, with_kwargs=True))
         yield tape

@@ -55,9 +55,13 @@ class CrossEntropy(Loss):
             label_smoothing=self.label_smoothing,
             reduction="none",
         )
-        sums = terms.reshape(output.shape[0], -1).sum(1)
-        if self.reduction == "sum":
-            return sums
+        return self._own(terms, output, target)
+
+    def _own(self, terms: Tensor, output: Tensor, target: Tensor) -> Tensor:
+        """l_n (N,) from the loss of every row (N, d...)."""
+        sums = terms if terms.dim() == 1 else terms.reshape(output.shape[0], -1).sum(1)
+        if self.reduction == "sum" or (terms.dim() == 1 and self.weight is None):
+            return sums  # a sample has one row, which counts for one, or is ignored and zero
         d = self.denominators(output, target).to(sums.dtype)
         return sums / torch.where(d == 0, torch.ones_like(d), d)
 
@@ -211,11 +215,7 @@ class NegativeLogLikelihood(CrossEntropy):
             ignore_index=self.ignore_index,
             reduction="none",
         )
-        sums = terms.reshape(output.shape[0], -1).sum(1)
-        if self.reduction == "sum":
-            return sums
-        d = self.denominators(output, target).to(sums.dtype)
-        return sums / torch.where(d == 0, torch.ones_like(d), d)
+        return self._own(terms, output, target)
 
     def hessian(self, output: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
         raise ValueError(
