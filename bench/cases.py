@@ -137,6 +137,7 @@ ROWS: tuple[Row, ...] = (
     *(Row(op, 1, 1, 256, 256, layers=24) for op in ("kron_apply", "kron_solve")),
     *(Row(op, 1, 1, 64, 64, layers=48) for op in ("kron_apply", "kron_solve")),
     *(Row("sample_dots", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (16, 128, 256, 1024, 10))),
+    *(Row("linear_rop", n, 1, i, o, k) for n, i, o, k in ((2048, 768, 768, 1), (512, 1024, 1024, 4))),
     *(Row("weighted_grad", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (256, 1, 784, 512, 4))),
     *(Row("norm_sample_stats", *shape) for shape in ((16, 128, 256), (32, 256, 768), (8, 1024, 1024), (256, 1, 512))),
     *(Row("softmax_hvp", n, o=o, k=k) for n, o, k in ((1024, 10, 1), (4096, 1000, 1), (1024, 10, 16), (128, 50257, 1))),
@@ -188,6 +189,8 @@ def work(row: Row) -> tuple[int, int]:
         return product, pair + wide * m * i * o
     if row.op == "sample_dots":
         return 2 * n * t * i * o * k + 2 * m * t * o * k, pair + wide * (k * i * o + m * k)
+    if row.op == "linear_rop":
+        return 4 * k * n * t * i * o, size * (k + 1) * (n * t * i + o * i) + wide * k * n * t * o
     if row.op == "weighted_grad":
         return 2 * n * t * i * o * 2, pair + wide * (2 * m + 2 * i * o)  # make_inputs gives two sums
     if row.op == "rotated_second_moment":
@@ -335,6 +338,12 @@ FORMULATIONS: dict[str, dict[str, Callable]] = {
     "sample_dots": {
         "torch einsum": lambda a, g, w: torch.einsum("mto,mti,koi->mk", g, _pairs(a, g), w),
         "torch materialised": lambda a, g, w: torch.bmm(g.mT, _pairs(a, g)).flatten(1) @ w.flatten(1).T,
+    },
+    "linear_rop": {
+        "torch, a sum of two products": lambda x, w, dx, dw, *, db: dx @ w.T + x @ dw.mT + db[:, None],
+        "torch, concatenated": lambda x, w, dx, dw, *, db: torch.baddbmm(
+            db[:, None], torch.cat([dx, x.expand_as(dx)], 2), torch.cat([w.expand_as(dw), dw], 2).mT
+        ),
     },
     "weighted_grad": {
         "torch einsum": lambda a, g, c: torch.einsum("mk,mto,mti->koi", c, g, _pairs(a, g)),

@@ -169,6 +169,23 @@ def pair_times(op: str, n: int, t: int, i: int, o: int) -> Iterator[Timed]:
     yield from op_times(op, f"{op} N={n} T={t} I={i} O={o}", args, products, size, modes)
 
 
+def rop_times(p: int, i: int, o: int, k: int) -> Iterator[Timed]:
+    """linear_rop, beside cuBLAS's two products with a sum between, in bf16, TF32 and float32."""
+    x, w, dx, dw = (torch.randn(*shape, device=DEVICE) for shape in ((p, i), (o, i), (k, p, i), (k, o, i)))
+    group, products, size = f"linear_rop P={p} I={i} O={o} K={k}", 2 * k * p * o * i, 4 * (
+        x.numel() + w.numel() + dx.numel() + dw.numel() + k * p * o
+    )  # fmt: skip
+    narrow = _converted((x, w, dx, dw))
+    yield Timed(group, "torch bf16, bf16 out", lambda: _two_products(*narrow), 2 * products, size / 2)
+    yield Timed(group, "torch tf32", with_tf32(True, lambda: _two_products(x, w, dx, dw)), 2 * products, size, "tf32")
+    yield from op_times("linear_rop", group, (x, w, dx, dw), products, size, _OPERATOR)
+
+
+def _two_products(x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) -> Tensor:
+    """As two reverse passes make it: one product, another, and their sum."""
+    return dx @ w.T + x @ dw.mT
+
+
 def conv_times(n: int, c: int, side: int, kernel: int, stride: int, groups: int) -> Iterator[Timed]:
     """conv_gram, its floor the products of the boxes (conv_plan.py), or of half the patches' Gram matrix for few channels."""
     from hvpfast.kernels import conv_plan
@@ -280,6 +297,7 @@ ALL: tuple[tuple[Callable, tuple], ...] = (
         *((op, 64, 256, 1024, 1024) for op in PAIRS), ("second_moment", 4096, 1, 2048, 2048),
         ("sample_gram", 4096, 1, 4096, 4096), ("sample_gram", 256, 64, 1024, 1024),
     )),
+    (rop_times, ((20, 17, 33, 2),) if REHEARSAL else ((8192, 768, 3072, 1), (8192, 4096, 4096, 1), (4096, 1024, 1024, 8))),
     (softmax_times, ((3, 20, 2),) if REHEARSAL else (
         (4096, 128 * 1024, 1), (8192, 1000, 4), (262144, 10, 1), (16, 128 * 1024, 1),
     )),

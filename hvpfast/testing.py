@@ -174,6 +174,9 @@ def make_inputs(
         "bias_sample_stats": lambda: ((draw(n, t, o),), {}),
         "embedding_sample_norms": lambda: (lookup(), {}),
         "embedding_second_moment": lambda: ((*lookup(), i + 1), {}),
+        "linear_rop": lambda: (
+            (draw(n * t, i), draw(o, i), draw(k, n * t, i), draw(k, o, i)), {"db": draw(k, o)},
+        ),  # fmt: skip
         "reorthogonalize": krylov,
         "softmax_root": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t).abs_()}),
         "softmax_sample": lambda: ((draw(n, t, o), uniform(k, n, t)), {"weight": draw(n, t).abs_()}),

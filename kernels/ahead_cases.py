@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import ahead_conv, ahead_streams, gram, grouped, moments, products, sample_dots, sample_grads, sample_gram
+from . import ahead_conv, ahead_streams, gram, grouped, linear_rop, moments, products, sample_dots, sample_grads, sample_gram
 from . import sample_norms_squared as norms
 from .ahead_case import DTYPE, POINTERS, VARIANTS, Case, label
 from .tiles import Tile
@@ -187,6 +187,25 @@ def _dots_cases() -> Iterator[Case]:
             )  # fmt: skip
 
 
+def _rop_cases() -> Iterator[Case]:
+    """ "columns": the sum runs over the rows of all four, as for a weight's gradient."""
+    along, across = (dict.fromkeys((f"stride_{x}{end}" for x, end in zip("xwab", ends, strict=True)), 1) for ends in ("iiii", "popo"))
+    known = ("p_all", "o_all", "i_all", "stride_ak", "stride_bk", "stride_k", "stride_p", "stride_s")
+    for key, tile in linear_rop.TILES.items():
+        product = key.removesuffix("-odd")
+        types = dict.fromkeys((f"{x}_ptr" for x in ("x", "w", "dx", "dw", "db")), POINTERS[DTYPE[product]]) | {"out_ptr": "*fp32"}
+        constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk, "BIAS": True}
+        variants = _variants(linear_rop.TILES, key)
+        for variant in (*variants, *(("columns",) if "even" in variants else ())):
+            units, rows = (across, "iiii") if variant == "columns" else (along, "popo")
+            where = (*known, *(f"stride_{x}{end}" for x, end in zip("xwab", rows, strict=True)))
+            flags = units | {"EVEN": variant in ("even", "columns"), "stride_do": 1, "stride_o": 1}
+            yield Case(
+                "linear-rop", DTYPE[product], label(product, tile, variant), linear_rop._rop_kernel, types,
+                constants | flags, () if variant == "odd" else where, tile, product != "ieee",
+            )  # fmt: skip
+
+
 def _sample_gram_cases() -> Iterator[Case]:
     both = (*_PAIR, *(f"stride_{x}" for x in ("bn", "bt", "bi", "hm", "ht", "ho")))
     for key, tile in sample_gram.TILES.items():
@@ -228,7 +247,7 @@ def _grouped_cases() -> Iterator[Case]:
 def cases() -> list[Case]:
     """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
     made = (_gram_cases, _norms_cases, _moments_cases, _product_cases, _grads_cases, _dots_cases, _sample_gram_cases)
-    made = (*made, _grouped_cases)
+    made = (*made, _rop_cases, _grouped_cases)
     plain = [case for make in (*made, *ahead_conv.MADE, *ahead_streams.MADE) for case in make()]
     return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
 

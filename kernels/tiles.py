@@ -99,6 +99,26 @@ def _steps(
 
 
 @triton.jit
+def add_cross(
+    total, left_ptr, right_ptr, left_at, right_at, left_step, right_step, left_in, right_in, start, stop, length,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """`total` plus the sum over k in [start, stop) of left[k, r] right[k, c]: see `cross`."""
+    if CHUNK == 0:
+        total = _steps(
+            total, left_ptr, right_ptr, left_at, right_at, left_step, right_step, left_in, right_in, start, stop, length,
+            PRECISION, EVEN, BLOCK_K,
+        )  # fmt: skip
+    else:
+        for chunk in range(start, stop, BLOCK_K * CHUNK):
+            total += _steps(
+                tl.zeros_like(total), left_ptr, right_ptr, left_at, right_at, left_step, right_step,
+                left_in, right_in, chunk, min(chunk + BLOCK_K * CHUNK, stop), length, PRECISION, EVEN, BLOCK_K,
+            )  # fmt: skip
+    return total
+
+
+@triton.jit
 def cross(
     left_ptr, right_ptr, left_at, right_at, left_step, right_step, left_in, right_in, length,
     ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
@@ -111,19 +131,10 @@ def cross(
     left_in, right_in: (1, ROWS), (1, COLS), which columns exist. EVEN: all do, and length is a multiple of BLOCK_K.
     CHUNK 0: the tensor cores add all of a length that the launcher knows to be short.
     """
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    if CHUNK == 0:
-        total = _steps(
-            total, left_ptr, right_ptr, left_at, right_at, left_step, right_step, left_in, right_in, 0, length, length,
-            PRECISION, EVEN, BLOCK_K,
-        )  # fmt: skip
-    else:
-        for chunk in range(0, length, BLOCK_K * CHUNK):
-            total += _steps(
-                tl.zeros((ROWS, COLS), tl.float32), left_ptr, right_ptr, left_at, right_at, left_step, right_step,
-                left_in, right_in, chunk, min(chunk + BLOCK_K * CHUNK, length), length, PRECISION, EVEN, BLOCK_K,
-            )  # fmt: skip
-    return total
+    return add_cross(
+        tl.zeros((ROWS, COLS), tl.float32), left_ptr, right_ptr, left_at, right_at, left_step, right_step, left_in, right_in,
+        0, length, length, PRECISION, EVEN, BLOCK_K, CHUNK,
+    )  # fmt: skip
 
 
 @triton.jit

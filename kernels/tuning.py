@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import conv_gram, gram, grouped, moments, products, sample_dots, sample_grads, sample_gram
+from . import conv_gram, gram, grouped, linear_rop, moments, products, sample_dots, sample_grads, sample_gram
 from . import sample_norms_squared as norms
 from .native import _cpu_convolution as convolution
 from .tiles import Tile, choose_splits, facts
@@ -68,6 +68,13 @@ def cases(device: torch.device, scale: int = 1) -> Iterator[Case]:
             f"sample_dots {key}",
             tile,
             lambda tile, x=x, w=w, key=key: sample_dots.launch(x, x, w, named(key), tile).sum(0),
+        )
+    for key, tile in linear_rop.TILES.items():
+        x, w = draw(named(key), size(8192), size(1024, key)), draw(named(key), size(1024, key), size(1024, key))
+        yield Case(
+            f"linear_rop {key}",
+            tile,
+            lambda tile, x=x, w=w, key=key: linear_rop.launch(x, w, x[None], w[None], None, named(key), tile),
         )
     for key, tile in sample_gram.TILES.items():
         x = draw(named(key), size(4096), 1, size(1024, key))

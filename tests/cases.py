@@ -63,6 +63,7 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         {"alpha": -2.0, "beta": 1.0, "ones_column": True},
         {"alpha": 0.5},
     ),
+    "linear_rop": ({}, {"db": None}),
     "reorthogonalize": ({}, {"normalize": True}),
     "conv_gram": (
         {},
@@ -256,6 +257,15 @@ def _softmax_sample(logits, uniform, *, weight=None):
     return result
 
 
+def _linear_rop(x, w, dx, dw, *, db=None):
+    """The directional derivative by dual numbers, a direction at a time."""
+    if dx.dim() == 3:
+        each = zip(dx, dw, [None] * len(dx) if db is None else db, strict=True)
+        return _stack([_linear_rop(x, w, *one, db=shift) for *one, shift in each], len(x), len(w))
+    return torch.func.jvp(F.linear, (x, w, torch.zeros_like(w[:, 0] if w.numel() else x.new_zeros(len(w)))),
+                          (dx, dw, torch.zeros(len(w), dtype=x.dtype) if db is None else db))[1]
+
+
 def _norms_and_squares(rows, features):
     rows = _stack(rows, features)
     return (rows**2).sum(1), (rows**2).sum(0)
@@ -312,6 +322,7 @@ TRUTHS = {
     "kron_apply": _kron_apply,
     "kron_solve": _kron_solve,
     "softmax_hvp": _softmax_hvp,
+    "linear_rop": _linear_rop,
     "reorthogonalize": _reorthogonalize,
     "norm_sample_stats": _norm_sample_stats,
     "bias_sample_stats": _bias_sample_stats,
