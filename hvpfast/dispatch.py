@@ -335,6 +335,7 @@ def _run(one: _Implementation, args: tuple, kwargs: dict):
 
 
 _functorch_level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _jit_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
 _is_compiling = torch.compiler.is_compiling
@@ -360,7 +361,7 @@ def _untouchable(args: tuple, kwargs: dict) -> str | None:
     for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
         if kind is Tensor or kind is _Parameter:  # the common case first: this runs on every call
-            if (graph and value.requires_grad) or value.layout is not _strided or value.is_neg():
+            if (graph and value.requires_grad) or value.layout is not _strided or value.is_neg() or _is_batched(value):
                 return _why_untouchable(value, graph)
         elif kind in _SCALARS:
             continue
@@ -383,6 +384,8 @@ def _why_untouchable(value: object, graph: bool) -> str | None:
         return "an argument requires grad, and only the reference is differentiable"
     if value.layout is not _strided:
         return f"an argument has layout {value.layout}, not torch.strided"
+    if _is_batched(value):
+        return "an argument stands for a batch (torch.autograd.grad with is_grads_batched)"
     if value.is_neg():
         return "an argument is a lazily negated view; resolve_neg() makes it plain"
     return None

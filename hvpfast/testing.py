@@ -151,6 +151,9 @@ def make_inputs(
         basis = torch.randn(length, min(o + k, length // 2), generator=generator, dtype=torch.float64)
         return (draw(length), laid_out(torch.linalg.qr(basis)[0].T.to(dtype).to(device), layout)), {}
 
+    def rop() -> tuple[tuple, dict]:
+        return (draw(n * t, i), draw(o, i), draw(k, n * t, i), draw(k, o, i)), {"db": draw(k, o)}
+
     def lookup() -> tuple[Tensor, Tensor]:
         found = torch.randint(0, max(1, i), (n, t), generator=generator)
         return draw(k * n, t, o), laid_out(found.to(device), layout)
@@ -174,9 +177,7 @@ def make_inputs(
         "bias_sample_stats": lambda: ((draw(n, t, o),), {}),
         "embedding_sample_norms": lambda: (lookup(), {}),
         "embedding_second_moment": lambda: ((*lookup(), i + 1), {}),
-        "linear_rop": lambda: (
-            (draw(n * t, i), draw(o, i), draw(k, n * t, i), draw(k, o, i)), {"db": draw(k, o)},
-        ),  # fmt: skip
+        "linear_rop": rop,
         "reorthogonalize": krylov,
         "softmax_root": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t).abs_()}),
         "softmax_sample": lambda: ((draw(n, t, o), uniform(k, n, t)), {"weight": draw(n, t).abs_()}),

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from . import ahead_conv, ahead_streams, gram, grouped, linear_rop, moments, products, sample_dots, sample_grads, sample_gram
+from . import (
+    ahead_conv,
+    ahead_streams,
+    gram,
+    grouped,
+    linear_rop,
+    moments,
+    products,
+    sample_dots,
+    sample_grads,
+    sample_gram,
+)
 from . import sample_norms_squared as norms
 from .ahead_case import DTYPE, POINTERS, VARIANTS, Case, label
 from .tiles import Tile
@@ -189,11 +200,15 @@ def _dots_cases() -> Iterator[Case]:
 
 def _rop_cases() -> Iterator[Case]:
     """ "columns": the sum runs over the rows of all four, as for a weight's gradient."""
-    along, across = (dict.fromkeys((f"stride_{x}{end}" for x, end in zip("xwab", ends, strict=True)), 1) for ends in ("iiii", "popo"))
+    along, across = (
+        dict.fromkeys((f"stride_{x}{end}" for x, end in zip("xwab", ends, strict=True)), 1) for ends in ("iiii", "popo")
+    )
     known = ("p_all", "o_all", "i_all", "stride_ak", "stride_bk", "stride_k", "stride_p", "stride_s")
     for key, tile in linear_rop.TILES.items():
         product = key.removesuffix("-odd")
-        types = dict.fromkeys((f"{x}_ptr" for x in ("x", "w", "dx", "dw", "db")), POINTERS[DTYPE[product]]) | {"out_ptr": "*fp32"}
+        types = dict.fromkeys((f"{x}_ptr" for x in ("x", "w", "dx", "dw", "db")), POINTERS[DTYPE[product]]) | {
+            "out_ptr": "*fp32"
+        }
         constants = {"PRECISION": product, "SIDE": tile.side, "DEPTH": tile.depth, "CHUNK": tile.chunk, "BIAS": True}
         variants = _variants(linear_rop.TILES, key)
         for variant in (*variants, *(("columns",) if "even" in variants else ())):

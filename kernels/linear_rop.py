@@ -101,7 +101,9 @@ def linear_rop(
         result = result if shifts is None else result + shifts[:, None]
     else:
         product = tiles.product_of_few(x.dtype, "bf16x6" if precision == "auto" else precision, i)
-        fits = all(map(_fits, (x, w, columns[0], directions[0]))) and (columns.stride(0) | directions.stride(0)) % 16 == 0
+        fits = (
+            all(map(_fits, (x, w, columns[0], directions[0]))) and (columns.stride(0) | directions.stride(0)) % 16 == 0
+        )
         with tiles.on_device(x):
             tile = tables.of(x.device, "linear_rop", TILES, product, fits)
             result = launch(x, w, columns, directions, shifts, product, tile)
@@ -117,7 +119,7 @@ def _fits(z: Tensor) -> bool:
 def launch(
     x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, db: Tensor | None, product: str, tile: Tile, splits: int | None = None
 ) -> Tensor:
-    """Run with a given tile: x (P, I), w (O, I), dx (K, P, I), dw (K, O, I), db (K, O) or None, none of them empty -> (K, P, O)."""
+    """Run with a given tile: x (P, I), w (O, I), dx (K, P, I), dw (K, O, I), db (K, O) or None, none empty -> (K, P, O)."""
     (p, i), o, side = x.shape, w.shape[0], tile.side
     x, w = (tiles.within_32_bits(z, (0, side), (1, tile.depth)) for z in (x, w))
     dx, dw = (tiles.within_32_bits(z, (1, side), (2, tile.depth)) for z in (dx, dw))

@@ -262,8 +262,11 @@ def _linear_rop(x, w, dx, dw, *, db=None):
     if dx.dim() == 3:
         each = zip(dx, dw, [None] * len(dx) if db is None else db, strict=True)
         return _stack([_linear_rop(x, w, *one, db=shift) for *one, shift in each], len(x), len(w))
-    return torch.func.jvp(F.linear, (x, w, torch.zeros_like(w[:, 0] if w.numel() else x.new_zeros(len(w)))),
-                          (dx, dw, torch.zeros(len(w), dtype=x.dtype) if db is None else db))[1]
+    return torch.func.jvp(
+        F.linear,
+        (x, w, torch.zeros_like(w[:, 0] if w.numel() else x.new_zeros(len(w)))),
+        (dx, dw, torch.zeros(len(w), dtype=x.dtype) if db is None else db),
+    )[1]
 
 
 def _norms_and_squares(rows, features):

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 
 class Derivative:
@@ -77,16 +78,16 @@ def saved_bytes(roots: Sequence[Tensor]) -> int:
     seen, storages = set(stack), {}
     while stack:
         node = stack.pop()
-        for name in dir(node):
-            if name.startswith("_saved_"):
-                try:
-                    value = getattr(node, name)
-                except RuntimeError:  # freed, or changed in place: the product will say so
-                    continue
-                for x in value if isinstance(value, (tuple, list)) else (value,):
-                    if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
-                        storage = x.untyped_storage()
-                        storages[storage.data_ptr()] = storage.nbytes()
+        names = [name for name in dir(node) if name.startswith("_saved_")]
+        for name in (*names, *(("saved_tensors",) if isinstance(node, BackwardCFunction) else ())):
+            try:
+                value = getattr(node, name)
+            except RuntimeError:  # freed, or changed in place: the product will say so
+                continue
+            for x in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(x, Tensor) and not isinstance(x, nn.Parameter):
+                    storage = x.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
