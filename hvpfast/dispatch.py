@@ -220,7 +220,7 @@ class Op:
         device = _device(args, kwargs)
         if device not in _DEVICES[name]:
             return f"the tensors are on {device}; it takes those on {' or '.join(_DEVICES[name])}"
-        reason = _untouchable(args, kwargs)
+        reason = "torch.compile is tracing" if _is_compiling() else _untouchable(args, kwargs)
         if reason is None and one.unfit is not None:
             reason = one.unfit(*args, precision=_state.precision, **kwargs)
         return reason
@@ -335,6 +335,7 @@ def _run(one: _Implementation, args: tuple, kwargs: dict):
 
 
 _functorch_level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
+_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # -1: no backward pass is running
 _is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _jit_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
@@ -346,9 +347,8 @@ _SCALARS = frozenset((int, float, bool, str, type(None)))
 
 
 def _untouchable(args: tuple, kwargs: dict) -> str | None:
-    """Why no kernel may touch these tensors (only the reference can be differentiated, traced or transformed)."""
-    if _is_compiling():
-        return "torch.compile is tracing"
+    """Why no kernel may touch these tensors (only the reference can be differentiated, traced or transformed); that a compiler
+    traces is asked before."""
     if _functorch_level() is not None:
         return "the call is inside a torch.func transform (vmap, grad, jvp, ...)"
     if forward_ad._current_level >= 0:
@@ -357,11 +357,13 @@ def _untouchable(args: tuple, kwargs: dict) -> str | None:
         return "a torch dispatch mode (make_fx, FakeTensorMode, FlopCounterMode, ...) watches the call"
     if _jit_trace() is not None:
         return "torch.jit.trace is tracing"
+    if _graph_task() != -1 and any(isinstance(x, Tensor) and _is_batched(x) for x in (*args, *kwargs.values())):
+        return "an argument stands for a batch (torch.autograd.grad with is_grads_batched)"
     graph = _is_grad_enabled()
     for value in (*args, *kwargs.values()) if kwargs else args:
         kind = type(value)
         if kind is Tensor or kind is _Parameter:  # the common case first: this runs on every call
-            if (graph and value.requires_grad) or value.layout is not _strided or value.is_neg() or _is_batched(value):
+            if (graph and value.requires_grad) or value.layout is not _strided or value.is_neg():
                 return _why_untouchable(value, graph)
         elif kind in _SCALARS:
             continue
@@ -384,8 +386,6 @@ def _why_untouchable(value: object, graph: bool) -> str | None:
         return "an argument requires grad, and only the reference is differentiable"
     if value.layout is not _strided:
         return f"an argument has layout {value.layout}, not torch.strided"
-    if _is_batched(value):
-        return "an argument stands for a batch (torch.autograd.grad with is_grads_batched)"
     if value.is_neg():
         return "an argument is a lazily negated view; resolve_neg() makes it plain"
     return None
