@@ -51,6 +51,17 @@ def input_rows(
 
     `weights`: (N,) or (N, T), what each row counts, or None for one each. `scale` multiplies the rows.
     """
+    image = normal.image
+    if (
+        image is not None
+        and normal.patches
+        and not image.flipped
+        and weight
+        and approx == "expand"
+        and part == slice(None)
+    ):
+        if weights is None or weights.dim() == 1:
+            return _image_rows(image, normal.groups, ones, weights, scale)
     rows: Tensor | None = None
     pieces = _chunks([normal], len(normal.image.x)) if normal.patches and part == slice(None) else (part,)
     for piece in pieces:  # few samples at a time: the patches stay in the cache on their way into the rows
@@ -71,6 +82,29 @@ def input_rows(
             torch.mul(a, factor, out=out[..., :i]) if a.dtype is dtype else out[..., :i].copy_(a).mul_(factor)
         if ones:
             out[..., i:] = factor
+    return rows.flatten(1, 2)
+
+
+def _image_rows(image: Image, groups: int, ones: bool, weights: Tensor | None, scale: float) -> Tensor:
+    """(B, R, I), the patches of an image times `scale` and the root of `weights` (N,): one look-up by a list of places, with
+    a zero before the image's numbers for its border and the ones' value behind them."""
+    x = image.x
+    (n, c), (dtype, device) = x.shape[:2], (ops.accumulate_dtype(x.dtype), x.device)
+    factor = torch.full((1, 1), scale, dtype=dtype, device=device)
+    if weights is not None:
+        factor = weights.to(dtype).sqrt().reshape(-1, 1) * scale
+    numbers = torch.empty(n, x[0].numel() + 2, dtype=dtype, device=device)
+    numbers[:, 0] = 0
+    torch.mul(x.to(dtype).flatten(1), factor, out=numbers[:, 1:-1])
+    numbers[:, -1:] = factor
+    order = torch.arange(1, numbers.shape[1] - 1, device=device).view(1, *x.shape[1:])
+    shape = geometry(x.shape[2:], image.kernel, image.stride, image.padding, image.dilation)
+    places = patches(order, shape).unflatten(2, (groups, c // groups)).flatten(3)[0]  # (T, groups, I)
+    if ones:
+        places = torch.cat([places, places.new_full((*places.shape[:2], 1), numbers.shape[1] - 1)], 2)
+    rows = torch.empty(groups, n, places.shape[0], places.shape[2], dtype=dtype, device=device)
+    for own, out in zip(places.unbind(1), rows, strict=True):
+        torch.index_select(numbers, 1, own.reshape(-1), out=out.view(n, -1))
     return rows.flatten(1, 2)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hvpfast import ops
+from hvpfast import heap, ops
 from hvpfast.capture import kronecker
 from hvpfast.capture.sites import Site
 from hvpfast.capture.units import Layout, Unit
@@ -224,6 +224,7 @@ def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerS
             one.unit = units[one.unit.names]  # the same block; its calls may be others
         terms += run.total
         weights.append(run.weight)
+        heap.settle()
         for one in sums:
             one.add_inputs(run)
         read = {number for one in rows for number in one.unit.calls}
@@ -251,6 +252,7 @@ def _pull(run: Run, sums: Sequence[KroneckerSums], rows: Sequence[RowSums]) -> N
     of_names = {one.unit.names: one for one in rows}
 
     def receive(number: int, grad: Tensor) -> None:
+        heap.settle()
         for one in of_call[number]:
             one.add_outputs(run, number, grad)
 

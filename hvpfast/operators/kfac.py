@@ -18,6 +18,7 @@ from hvpfast.capture.problem import Problem, finite
 from hvpfast.capture.state import preserved
 from hvpfast.capture.tape import recording
 from hvpfast.capture.units import Layout
+from hvpfast.heap import reusing
 from hvpfast.operators.accumulate import KroneckerSums, RowSums, accumulate
 from hvpfast.operators.blocks import (
     Block,
@@ -127,7 +128,7 @@ class KFAC(BlockDiagonal):
         """The blocks as factors, computed once."""
         if self._computed is None:
             with torch.inference_mode(False):
-                self._computed = self._compute()
+                self._computed = self._compute() if self.device.type != "cpu" else reusing(self._compute)()
         return self._computed
 
     def _blocks(self) -> list[Block]:

@@ -11,6 +11,8 @@ from truths import relative, take
 from zoo import LOSSES, make, unequal
 
 import hvpfast as hf
+from hvpfast.capture import kronecker
+from hvpfast.capture.layers import rule_of
 
 TOLERANCE = 1e-10
 
@@ -146,6 +148,36 @@ def test_factors_of_convolutions(conv, size, weighted, approx):
         mine_a, mine_g = (factors.A[b], factors.G[b]) if groups > 1 else factors
         assert relative(mine_a, truth_a) < TOLERANCE
         assert relative(mine_g, truth_g) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "conv, size",
+    [
+        (lambda: nn.Conv2d(3, 6, 3, padding=1), (4, 5)),
+        (lambda: nn.Conv2d(6, 9, (1, 3), stride=2, padding=(0, 2), dilation=(1, 2), groups=3), (5, 7)),
+        (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (3, 4)),
+        (lambda: nn.Conv1d(2, 4, 4, padding="same"), (7,)),
+        (lambda: nn.Conv3d(2, 4, 2, padding=1), (2, 3, 2)),
+    ],
+)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("ones", [False, True])
+def test_rows_of_convolutions(conv, size, weighted, ones):
+    """Of few positions, whose rows stand for the factor: the patches that the layer's own products with pixels tell."""
+    layer = conv()
+    x = torch.randn(5, layer.in_channels, *size)
+    normal, w = rule_of(layer)(layer, x), torch.linspace(0.2, 2, 5) if weighted else None
+    rows = kronecker.input_rows(normal, "expand", True, ones, w, scale=0.3)
+    groups = layer.groups
+    a = normal.inputs()  # (G, 5, T, I)
+    z = layer(x).reshape(5, groups, -1, a.shape[2])
+    weight = layer.weight.reshape(groups, -1, a.shape[3])
+    own = torch.einsum("goi,gnti->ngot", weight, a) + layer.bias.reshape(1, groups, -1, 1)
+    assert relative(own, z) < TOLERANCE  # `a` are the patches
+    if ones:
+        a = torch.cat([a, torch.ones_like(a[..., :1])], 3)
+    a = 0.3 * a if w is None else 0.3 * a * w.sqrt().reshape(1, 5, 1, 1)
+    assert relative(rows, a.flatten(1, 2)) < TOLERANCE
 
 
 # A table that is looked up and multiplied with -------------------------------------------------------------------
