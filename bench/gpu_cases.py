@@ -242,6 +242,31 @@ def krylov_times(count: int, length: int) -> Iterator[Timed]:
             yield Timed(group, f"{backend} fp32", run, flops, size, "fp32")
 
 
+def cg_times(tensors: int, length: int) -> Iterator[Timed]:
+    """cg_update on a list of tensors, in place; its floor reads eight vectors and writes three."""
+    x, r, p, q = ([torch.randn(length // tensors, device=DEVICE) for _ in range(tensors)] for _ in range(4))
+    rz, elements = sum(one.double().square().sum() for one in r), tensors * (length // tensors)
+    group, flops, size = f"cg_update {tensors} tensors n={length}", 10 * elements, 4 * 11 * elements
+    reference = dispatch.OPS["cg_update"].reference
+    yield Timed(group, "reference fp32", lambda: reference(x, r, p, q, rz, inplace=True), flops, size, "fp32")
+    yield Timed(group, "torch._foreach fp32", lambda: _cg_by_foreach(x, r, p, q, rz), flops, size, "fp32")
+    for backend in BACKENDS:
+        run = on("cg_update", backend, "auto", x, r, p, q, rz, inplace=True)
+        if run is not None:
+            yield Timed(group, f"{backend} fp32", run, flops, size, "fp32")
+
+
+def _cg_by_foreach(x: list[Tensor], r: list[Tensor], p: list[Tensor], q: list[Tensor], rz: Tensor) -> None:
+    """torch's own multi-tensor kernels, sums in float32."""
+    curvature = torch.stack([one.sum() for one in torch._foreach_mul(p, q)]).sum()
+    rate = (rz / curvature).float()
+    torch._foreach_add_(x, torch._foreach_mul(p, rate))
+    torch._foreach_sub_(r, torch._foreach_mul(q, rate))
+    rr = torch.stack(torch._foreach_norm(r)).square().sum()
+    torch._foreach_mul_(p, (rr / rz).float())
+    torch._foreach_add_(p, r)
+
+
 def norm_stats_times(n: int, t: int, i: int) -> Iterator[Timed]:
     """LayerNorm's statistics, beside autograd's backward pass and a reduction of each sample's gradients."""
     x, g = torch.randn(n, t, i, device=DEVICE), torch.randn(n, t, i, device=DEVICE)
@@ -303,6 +328,7 @@ ALL: tuple[tuple[Callable, tuple], ...] = (
     )),
     (eigh_times, ((3, 40),) if REHEARSAL else ((256, 32), (256, 64), (128, 100), (16, 512))),
     (krylov_times, ((3, 40),) if REHEARSAL else ((8, 1 << 26), (64, 1 << 24), (400, 1 << 21))),
+    (cg_times, ((3, 40),) if REHEARSAL else ((1, 1 << 26), (150, 1 << 26), (60, 1 << 22))),
     (norm_stats_times, ((3, 4, 16),) if REHEARSAL else ((32, 1024, 4096), (64, 256, 768), (8, 4096, 8192))),
     (lookup_times, ((3, 4, 5, 16),) if REHEARSAL else ((32, 1024, 50257, 768), (256, 128, 30522, 1024))),
     (kron_times, tuple((op, 2, 20) for op in ("kron_apply", "kron_solve")) if REHEARSAL else tuple(

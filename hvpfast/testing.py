@@ -151,6 +151,13 @@ def make_inputs(
         basis = torch.randn(length, min(o + k, length // 2), generator=generator, dtype=torch.float64)
         return (draw(length), laid_out(torch.linalg.qr(basis)[0].T.to(dtype).to(device), layout)), {}
 
+    def iteration() -> tuple[tuple, dict]:
+        x, r, p = (draw(n * t, k + 2) for _ in range(3))
+        q = (0.5 + torch.rand(n * t, 1, generator=generator, dtype=torch.float64)).to(dtype).to(
+            device
+        ) * p  # A is diagonal
+        return (x, r, p, laid_out(q, layout), r.double().square().sum(0)), {"damping": 0.5}
+
     def rop() -> tuple[tuple, dict]:
         return (draw(n * t, i), draw(o, i), draw(k, n * t, i), draw(k, o, i)), {"db": draw(k, o)}
 
@@ -177,6 +184,7 @@ def make_inputs(
         "bias_sample_stats": lambda: ((draw(n, t, o),), {}),
         "embedding_sample_norms": lambda: (lookup(), {}),
         "embedding_second_moment": lambda: ((*lookup(), i + 1), {}),
+        "cg_update": iteration,
         "linear_rop": rop,
         "reorthogonalize": krylov,
         "softmax_root": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t).abs_()}),

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from hvpfast.kernels.extensions import _load, _modules, _openmp_reason, build_report, missing  # noqa: F401 (re-exported)
 from hvpfast.kernels.native_cuda import (  # noqa: F401 (re-exported: dispatch looks here)
+    cuda_cg_update,
+    cuda_cg_update_supports,
+    cuda_cg_update_worthwhile,
     cuda_gram,
     cuda_gram_supports,
     cuda_gram_worthwhile,

@@ -63,6 +63,7 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         {"alpha": -2.0, "beta": 1.0, "ones_column": True},
         {"alpha": 0.5},
     ),
+    "cg_update": ({}, {"damping": 0.0}),
     "linear_rop": ({}, {"db": None}),
     "reorthogonalize": ({}, {"normalize": True}),
     "conv_gram": (
@@ -269,6 +270,26 @@ def _linear_rop(x, w, dx, dw, *, db=None):
     )[1]
 
 
+def _cg_update(x, r, p, q, rz, *, damping=0.0, inplace=False):
+    """Column by column: x goes where the model x'(A + damping I)x / 2 - b'x is least along p, which its slope -r'p tells."""
+    columns = []
+    for one in zip(*(y.T for y in (x, r, p, q)), rz, strict=True):
+        x_, r_, p_, q_, before = one
+        image = q_ + damping * p_
+        curvature = torch.dot(p_, image)
+        if curvature <= 0:
+            columns.append((x_, r_, r_ + p_ * torch.dot(r_, r_) / before, curvature, torch.dot(r_, r_)))
+            continue
+        rest = r_ - before * image / curvature
+        after = torch.dot(rest, rest)
+        columns.append((x_ + before * p_ / curvature, rest, rest + after * p_ / before, curvature, after))
+    vectors = zip(*columns, strict=True) if columns else [[]] * 5
+    return tuple(
+        torch.stack(list(one), -1) if len(one) else y
+        for one, y in zip(map(list, vectors), (x, r, p, rz, rz), strict=True)
+    )
+
+
 def _norms_and_squares(rows, features):
     rows = _stack(rows, features)
     return (rows**2).sum(1), (rows**2).sum(0)
@@ -325,6 +346,7 @@ TRUTHS = {
     "kron_apply": _kron_apply,
     "kron_solve": _kron_solve,
     "softmax_hvp": _softmax_hvp,
+    "cg_update": _cg_update,
     "linear_rop": _linear_rop,
     "reorthogonalize": _reorthogonalize,
     "norm_sample_stats": _norm_sample_stats,

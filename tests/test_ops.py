@@ -245,6 +245,7 @@ PAIRED = (
     "sample_grads", "sample_norms_squared", "sample_dots", "weighted_grad", "second_moment", "rotated_second_moment",
     "sample_gram", "sample_statistics",
 )  # fmt: skip
+RZ = torch.zeros(5, dtype=torch.float64)
 O, I, V = torch.zeros(3, 3), torch.zeros(5, 5), torch.zeros(3, 5)
 THIRD = {
     "sample_dots": (torch.zeros(3, 5),),
@@ -320,6 +321,24 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
         {},
         ValueError,
         r"w has shape \(4, 2, 5\) and basis \(4, 2, 5\); .* \(n,\) and \(k, n\)",
+    ),
+    ("cg_update", (V, V, V, V, RZ.float()), {}, TypeError, r"rz is torch.float32 \(5,\); it must be a float64 tensor"),
+    ("cg_update", (V, V, V, V, RZ[:4]), {}, ValueError, r"x has shape \(3, 5\); its last axis must be rz's 4 columns"),
+    (
+        "cg_update",
+        (V, V, O, V, RZ),
+        {},
+        ValueError,
+        r"shapes \(3, 5\), \(3, 5\), \(3, 3\), \(3, 5\); they must be the same",
+    ),
+    ("cg_update", ([V], [V], [V, V], [V], RZ), {}, ValueError, "four tensors, or four lists as long as one another"),
+    ("cg_update", (V, V, V, V.double(), RZ), {}, TypeError, "x is torch.float32 but q is torch.float64"),
+    (
+        "cg_update",
+        (V.half(),) * 4 + (RZ,),
+        {"inplace": True},
+        TypeError,
+        "x is torch.float16; only float32 and float64",
     ),
     ("reorthogonalize", (A[0, 0], V[:, :4]), {}, ValueError, r"w has shape \(5,\) and basis \(3, 4\)"),
     ("reorthogonalize", (A[0, 0], V.double()), {}, TypeError, "w is torch.float32 but basis is torch.float64"),

@@ -1,6 +1,8 @@
 // Python module hvpfast.kernels._cuda. Pointers and the stream arrive as integers; kernels/native.py owns the tensors.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cg.hpp"
 #include "gram.hpp"
 #include "krylov.hpp"
 
@@ -38,6 +40,17 @@ void reorthogonalize(uintptr_t w, int dtype, int64_t length, int64_t stride_w, u
                               device, stream});
 }
 
+void cg_update(const std::vector<int64_t>& places, int dtype, int columns, uintptr_t rz, double damping, uintptr_t curvature,
+               uintptr_t rr, uintptr_t workspace, int blocks, int device, uintptr_t stream) {
+    if (places.size() % 8 != 0 || columns < 1 || columns > hvpfast::cg_columns() || blocks < 1) {
+        throw std::invalid_argument("cg_update: places are 8 numbers a tensor, columns from 1 to cg_columns(), blocks from 1 on");
+    }
+    py::gil_scoped_release release;
+    hvpfast::cg_update({places.data(), static_cast<int>(places.size() / 8), static_cast<hvpfast::Dtype>(dtype), columns,
+                        reinterpret_cast<const double*>(rz), damping, reinterpret_cast<double*>(curvature),
+                        reinterpret_cast<double*>(rr), reinterpret_cast<double*>(workspace), blocks, device, stream});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
@@ -51,6 +64,12 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("stride_d"), py::arg("out"), py::arg("out_stride_i"), py::arg("out_stride_j"), py::arg("alpha"),
           py::arg("beta"), py::arg("ones_column"), py::arg("workspace"), py::arg("products"), py::arg("halves"), py::arg("splits"),
           py::arg("device"), py::arg("stream"), "out = beta out + alpha (x 1)'(x 1) on the given stream.");
+    m.def("cg_columns", &hvpfast::cg_columns, "The most systems that cg_update takes together.");
+    m.def("cg_workspace", &hvpfast::cg_workspace, py::arg("tensors"), py::arg("columns"), py::arg("blocks"),
+          "Doubles of workspace that cg_update needs.");
+    m.def("cg_update", &cg_update, py::arg("places"), py::arg("dtype"), py::arg("columns"), py::arg("rz"), py::arg("damping"),
+          py::arg("curvature"), py::arg("rr"), py::arg("workspace"), py::arg("blocks"), py::arg("device"), py::arg("stream"),
+          "One iteration of conjugate gradients on the given stream; places: (x, r, p, q, new x, new r, new p, elements) a tensor.");
     m.def("krylov_chunk", &hvpfast::krylov_chunk, "Elements of a vector that a block takes at a time.");
     m.def("reorthogonalize_workspace", &hvpfast::reorthogonalize_workspace, py::arg("count"), py::arg("blocks"),
           "Doubles of workspace that reorthogonalize needs.");

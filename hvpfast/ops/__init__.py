@@ -10,7 +10,7 @@ Every op accumulates in float32 (float64 for float64) and returns that dtype: 16
 from hvpfast.arguments import accumulate_dtype
 from hvpfast.ops.factors import conv_gram, gram
 from hvpfast.ops.kron import kron_apply, kron_solve
-from hvpfast.ops.krylov import reorthogonalize
+from hvpfast.ops.krylov import cg_update, reorthogonalize
 from hvpfast.ops.loss import softmax_hvp, softmax_root, softmax_sample
 from hvpfast.ops.rop import linear_rop
 from hvpfast.ops.samples import (

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hvpfast.arguments import floats, usual
 from hvpfast.dispatch import op
-from hvpfast.ops.shared import wide
+from hvpfast.ops.shared import column_dots, wide
 
 
 def _check_reorthogonalize(w, basis, *, normalize=False):
@@ -45,3 +47,83 @@ def reorthogonalize(w: Tensor, basis: Tensor, *, normalize: bool = False) -> tup
     if normalize:
         w = w / torch.where(norm > 0, norm, 1.0).to(w.dtype)
     return w, first.double() + second.double(), norm
+
+
+def _check_cg_update(x, r, p, q, rz, *, damping=0.0, inplace=False):
+    name, lists = "cg_update", [x, r, p, q]
+    if not isinstance(x, Tensor) and len({len(one) if isinstance(one, (list, tuple)) else None for one in lists}) > 1:
+        raise ValueError(f"{name}: x, r, p and q must be four tensors, or four lists as long as one another")
+    if not isinstance(rz, Tensor) or rz.dtype is not torch.float64 or rz.dim() > 1:
+        got = f"{rz.dtype} {tuple(rz.shape)}" if isinstance(rz, Tensor) else type(rz).__name__
+        raise TypeError(
+            f"{name}: rz is {got}; it must be a float64 tensor, () or (K,): the r'z of the iteration before"
+        )
+    for one in _tensors(x, r, p, q):
+        if not usual(*one):
+            floats(name, **dict(zip(("x", "r", "p", "q"), one, strict=True)))
+        if not one[0].shape == one[1].shape == one[2].shape == one[3].shape:
+            raise ValueError(
+                f"{name}: x, r, p and q have shapes {', '.join(str(tuple(y.shape)) for y in one)}; they must be the same"
+            )
+        if rz.dim() and (one[0].dim() == 0 or one[0].shape[-1] != len(rz)):
+            raise ValueError(f"{name}: x has shape {tuple(one[0].shape)}; its last axis must be rz's {len(rz)} columns")
+        if inplace and one[0].dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}: x is {one[0].dtype}; only float32 and float64 vectors are updated in place")
+
+
+def _tensors(*given: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """The arguments tensor by tensor, be they tensors or lists."""
+    return [given] if isinstance(given[0], Tensor) else list(zip(*given, strict=True))
+
+
+@op(check=_check_cg_update, backends=("cuda",))
+def cg_update(
+    x: Tensor | Sequence[Tensor], r: Tensor | Sequence[Tensor], p: Tensor | Sequence[Tensor],
+    q: Tensor | Sequence[Tensor], rz: Tensor, *, damping: float = 0.0, inplace: bool = False,
+) -> tuple:  # fmt: skip
+    """One iteration of conjugate gradients on (A + damping I) x = b after the product q = A p, for K systems together.
+
+        c = p'(q + damping p);  x += (rz / c) p;  r -= (rz / c) (q + damping p);  p = r + (r'r / rz) p
+
+    A system whose c is not positive keeps its x and r (and p becomes r + p): A + damping I is not positive definite, or p is zero.
+
+    Args:
+        x, r, p, q: the iterate, its residual, the direction and its image, of one shape (...) or, for K systems, (..., K); or
+            lists of tensors that are one vector together (a model's parameters, not flattened).
+        rz: () or (K,), float64: r'r before. inplace: write into x, r and p, which must be float32 or float64.
+
+    Returns:
+        (x, r, p, c, r'r): vectors float32 or float64; c and the new r'r float64 like rz, summed in float64. Nothing waits for
+        the device. Raises TypeError or ValueError where shapes, dtypes or devices do not fit.
+
+    Source: M. R. Hestenes & E. Stiefel, J. Research Nat. Bur. Standards 49, 1952.
+    """
+    parts = [tuple(map(wide, one)) for one in _tensors(x, r, p, q)]
+    images = [torch.add(q_, p_, alpha=damping) if damping else q_ for _, _, p_, q_ in parts]
+    curvature = _total([_dots(part[2], image, rz) for part, image in zip(parts, images, strict=True)], rz)
+    rate = torch.where(curvature > 0, rz / curvature, 0.0)
+    add = torch.Tensor.addcmul_ if inplace else torch.addcmul
+    xs, rs, ps = [], [], []
+    for (x_, r_, p_, _), image in zip(parts, images, strict=True):
+        a = rate.to(x_)
+        xs.append(add(x_, p_, a))
+        rs.append(add(r_, image, a, value=-1))
+    rr = _total([_dots(r_, r_, rz) for r_ in rs], rz)
+    turn = torch.where(rz > 0, rr / rz, 0.0)
+    for (_, _, p_, _), r_ in zip(parts, rs, strict=True):
+        ps.append(p_.mul_(turn.to(p_)).add_(r_) if inplace else torch.addcmul(r_, p_, turn.to(p_)))
+    vectors = (xs[0], rs[0], ps[0]) if isinstance(x, Tensor) else (xs, rs, ps)
+    return *vectors, curvature, rr
+
+
+def _total(parts: list[Tensor], like: Tensor) -> Tensor:
+    return sum(parts[1:], parts[0]) if parts else torch.zeros_like(like)
+
+
+def _dots(x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+    """x'y, float64: () of all, or (K,) of the last axis' columns where `like` is (K,)."""
+    if x.dim() == 2 and like.dim() == 1:
+        return column_dots(x, y)
+    k = len(like) if like.dim() else 1
+    flat = x.reshape(x.numel() // max(k, 1), k)
+    return column_dots(flat, flat if y is x else y.reshape(flat.shape)).reshape(like.shape)

@@ -39,3 +39,37 @@ def repeat(a: Tensor, g: Tensor) -> Tensor:
     """a (N, T, I) -> (M, T, I), row m being a[m % N]; a view where M = N."""
     k = columns(a, g)
     return a if k == 1 else a.expand(k, *a.shape).reshape(g.shape[0], *a.shape[1:])
+
+
+_ELEMENTS = 1 << 21  # float64 elements that a sum converts at a time
+
+
+def pieces_of(x: Tensor, dim: int) -> list[slice]:
+    """Slices along `dim` that hold about `_ELEMENTS` elements each."""
+    step = max(1, _ELEMENTS * x.shape[dim] // max(1, x.numel()))
+    return [slice(start, start + step) for start in range(0, x.shape[dim], step)]
+
+
+# Elements that a CPU's sums convert at a time, in memory that is used again. Two cores with AVX-512, 2026-11-21, float32, one
+# column of 1e6 elements: 0.59 ms, by pieces in fresh memory 1.07 ms; four columns: 3.6 and 8.2 ms.
+_CACHED = 1 << 17
+
+
+def column_dots(x: Tensor, y: Tensor) -> Tensor:
+    """x, y (n, K) -> (K,) float64: the dot product of each pair of columns."""
+    if x.numel() <= _CACHED or x.dtype is torch.float64 and x.is_cpu:
+        return _piece_dots(x.double(), x.double() if y is x else y.double())
+    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
+    if not x.is_cpu:
+        return sum((_piece_dots(x[rows].double(), y[rows].double()) for rows in pieces_of(x, 0)), total)
+    step = max(1, _CACHED // x.shape[1])
+    left, right = (total.new_empty(step, x.shape[1]) for _ in range(2))
+    for start in range(0, len(x), step):
+        rows = slice(start, start + step)
+        size = min(step, len(x) - start)
+        total += _piece_dots(left[:size].copy_(x[rows]), right[:size].copy_(y[rows]))
+    return total
+
+
+def _piece_dots(x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x[:, 0], y[:, 0]).reshape(1) if x.shape[1] == 1 else (x * y).sum(0)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from hvpfast.autocast import full_precision
+from hvpfast.ops import cg_update
+from hvpfast.ops.shared import column_dots
 
-from .product import Bar, Product, column_dots, require_count
+from .product import Bar, Product, require_count
 from .results import Solution
 
 
@@ -118,30 +120,40 @@ def _conjugate_gradients(
     p, rz = z.clone(), _positive(r, z)
     while done < limit:
         done += 1
-        q = product(p) + damping * p
-        curvature = column_dots(p, q)
-        if bool((curvature <= 0).any()):
-            ratio = float((curvature / column_dots(p, p)).min())
+        q = product(p)
+        if preconditioner is None:
+            *_, curvature, rr = cg_update(x, r, p, q, rz, damping=damping, inplace=True)
+        else:
+            q.add_(p, alpha=damping)
+            curvature = column_dots(p, q)
+            a = torch.where(curvature > 0, rz / curvature, 0.0).to(p)
+            x.addcmul_(p, a)
+            r.addcmul_(q, -a)
+            rr = column_dots(r, r)
+        bad = ~(curvature > 0)
+        if bool(bad.any()):
+            before = p[:, bad] if preconditioner is not None else p[:, bad] - r[:, bad]
+            ratio = float((curvature[bad] / column_dots(before, before)).min())
             raise ValueError(
                 f"solve: curvature p'(A + damping I)p / p'p = {ratio:.6g} in iteration {done}, damping={damping:g}; "
                 f"CG needs A + damping I positive definite; use a damping above {damping - ratio:.6g}, or a "
                 "positive semi-definite matrix (a GGN instead of a Hessian)"
             )
-        a = (rz / curvature).to(p)
-        x += a * p
-        r -= a * q
         bar.update()
-        going = column_dots(r, r).sqrt() > targets
+        going = rr.sqrt() > targets
         if not bool(going.all()):
             X[:, columns[~going]] = x[:, ~going]
             if not bool(going.any()):
                 return X, done
-            columns, targets, rz = columns[going], targets[going], rz[going]
-            x, r, p = x[:, going], r[:, going], p[:, going]
-        z = _precondition(preconditioner, r)
-        new = _positive(r, z)
-        p = z + (new / rz).to(p) * p
-        rz = new
+            columns, targets, rz, rr = columns[going], targets[going], rz[going], rr[going]
+            x, r, p = (y[:, going].contiguous() for y in (x, r, p))
+        if preconditioner is None:
+            rz = rr
+        else:
+            z = _precondition(preconditioner, r)
+            new = _positive(r, z)
+            p.mul_((new / rz).to(p)).add_(z)
+            rz = new
     X[:, columns] = x
     return X, done
 

@@ -13,9 +13,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from hvpfast.ops.shared import pieces_of
+
 COLUMNS = 8  # columns a single `A @ V` may have: a block costs less per column, its memory is bounded
 REFUSALS = (TypeError, ValueError, IndexError, AssertionError, RuntimeError)  # what a block may meet with
-ROW_ELEMENTS = 1 << 21  # float64 elements converted at a time by the reductions below
 
 
 class Product:
@@ -162,24 +163,10 @@ def gaussian(product: Product, seed: int, index: int) -> Tensor:
     return vector.to(product.device)
 
 
-def _pieces(X: Tensor, dim: int):
-    """Slices along `dim` that hold about ROW_ELEMENTS elements each."""
-    step = max(1, ROW_ELEMENTS * X.shape[dim] // max(1, X.numel()))
-    return (slice(i, i + step) for i in range(0, X.shape[dim], step))
-
-
-def column_dots(X: Tensor, Y: Tensor) -> Tensor:
-    """X, Y (n, K) -> (K,) float64: the dot product of each pair of columns."""
-    total = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
-    for rows in _pieces(X, 0):
-        total += (X[rows].double() * Y[rows].double()).sum(dim=0)
-    return total
-
-
 def row_gram(X: Tensor, Y: Tensor) -> Tensor:
     """X (J, n), Y (K, n) -> (J, K) float64: X Y'."""
     total = torch.zeros(X.shape[0], Y.shape[0], dtype=torch.float64, device=X.device)
-    for columns in _pieces(X, 1):
+    for columns in pieces_of(X, 1):
         total += X[:, columns].double() @ Y[:, columns].double().T
     return total
 
@@ -187,7 +174,7 @@ def row_gram(X: Tensor, Y: Tensor) -> Tensor:
 def rotate_rows(X: Tensor, S: Tensor) -> None:
     """Replace the first J rows of X (m, n) by S' X, S (m, J) float64, in place and in float64 arithmetic."""
     mix = S.T.to(X.device)
-    for columns in _pieces(X, 1):
+    for columns in pieces_of(X, 1):
         X[: mix.shape[0], columns] = (mix @ X[:, columns].double()).to(X.dtype)
 
 

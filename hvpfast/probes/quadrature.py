@@ -15,9 +15,10 @@ from torch import Tensor
 
 from hvpfast.autocast import full_precision
 from hvpfast.ops import reorthogonalize
+from hvpfast.ops.shared import column_dots
 
 from .krylov import BREAKDOWN
-from .product import COLUMNS, Bar, Product, column_dots, rademacher, require_count
+from .product import COLUMNS, Bar, Product, rademacher, require_count
 from .results import Density, Estimate, Inertia
 
 BASIS_BYTES = 2 << 30  # memory for reorthogonalisation; if one probe's basis does not fit, there is none

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from hvpfast.autocast import full_precision
+from hvpfast.ops.shared import column_dots
 
-from .product import COLUMNS, Bar, Product, column_dots, rademacher, require_count, rotate_rows, row_gram
+from .product import COLUMNS, Bar, Product, rademacher, require_count, rotate_rows, row_gram
 from .results import Estimate
 
 FIRST_CHECK = 16  # probes before `rtol` may stop Hutchinson: the error of a standard error is then about 18 %

@@ -28,6 +28,7 @@ COMMON = {
     "add_kernel": Limit(56, {}),
     "pass_kernel": Limit(128, {"DFMA": 28}),
     "scale_kernel": Limit(32, {}),
+    "cg_kernel": Limit(64, {}),
     "split_kernel": Limit(24, {"F2FP": 2}),
 }
 LIMITS = {

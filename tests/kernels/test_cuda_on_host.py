@@ -18,7 +18,7 @@ from hvpfast import ops, testing
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = re.compile(r"(\w+)<<<([^,]+), (\w+|dim3\([^)]*\)), \w+, stream>>>\((.*?)\);", re.DOTALL)
-LAUNCHES = {"gram": 2, "gram_sm90": 2, "krylov": 8}  # of each file
+LAUNCHES = {"cg": 1, "gram": 2, "gram_sm90": 2, "krylov": 8}  # of each file
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +144,78 @@ def test_reorthogonalize_of_what_the_basis_spans_and_of_nan(host):
     zero, _, norm = host.cuda_reorthogonalize(torch.zeros(40), basis, normalize=True)
     assert norm == 0 and torch.equal(zero, torch.zeros(40))
     assert all(x.isnan().all() for x in host.cuda_reorthogonalize(torch.full((40,), math.nan), basis, normalize=True))
+
+
+def iteration(shapes, columns, dtype=torch.float64):
+    """x, r, p, q as lists of tensors (*shape, columns), and rz, with A the identity and its double alternating."""
+    generator = torch.Generator().manual_seed(0)
+    last = () if columns is None else (columns,)
+    x, r, p = ([torch.randn(*shape, *last, generator=generator).to(dtype) for shape in shapes] for _ in range(3))
+    q = [(1 + i % 2) * y for i, y in enumerate(p)]
+    rz = sum(y.double().square().reshape(-1, *last).sum(0) for y in r)
+    return x, r, p, q, rz
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "length, columns, layout",
+    [
+        (1, None, "contiguous"),
+        (3000, None, "contiguous"),
+        (2500, 1, "offset"),
+        (700, 3, "transposed"),
+        (17, 256, "strided"),
+    ],
+)
+def test_cg_update(host, length, columns, layout, dtype):
+    *lists, rz = iteration([(length,)], columns, dtype)
+    given = [testing.laid_out(one[0], layout) for one in lists]
+    before = [y.clone() for y in given]
+    result = host.cuda_cg_update(*given, rz, damping=0.25)
+    testing.assert_accurate(result, ops.cg_update, *given, rz, damping=0.25)
+    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
+    again = host.cuda_cg_update(*given, rz, damping=0.25)
+    assert all(torch.equal(x, y) for x, y in zip(result, again, strict=True))
+    if dtype in (torch.float32, torch.float64):
+        own = [y.contiguous() for y in given]
+        versions = [y._version for y in own[:3]]
+        inplace = host.cuda_cg_update(*own, rz, damping=0.25, inplace=True)
+        assert all(x is y for x, y in zip(inplace[:3], own, strict=False))
+        assert all(torch.equal(x, y) for x, y in zip(inplace, result, strict=True))
+        assert all(y._version > before for y, before in zip(own, versions, strict=False))
+
+
+@pytest.mark.parametrize("columns", [None, 3])
+def test_cg_update_of_more_tensors_than_a_launch_takes(host, columns):
+    *lists, rz = iteration([(7,), (3, 5), (0,), *((i % 4, 2) for i in range(100)), (900,)], columns)
+    result, want = host.cuda_cg_update(*lists, rz), ops.cg_update(*lists, rz)
+    for got, exact in zip(testing.pieces(result), testing.pieces(want), strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-12)
+    whole = ops.cg_update(*(torch.cat([y.reshape(-1, *rz.shape) for y in one]) for one in lists), rz)
+    assert torch.allclose(torch.cat([y.reshape(-1, *rz.shape) for y in result[2]]), whole[2], rtol=1e-12, atol=1e-12)
+    empty = host.cuda_cg_update([], [], [], [], rz)
+    assert empty[:3] == ([], [], []) and not empty[3].any() and not empty[4].any()
+
+
+def test_cg_update_solves_a_system_and_keeps_what_has_no_positive_curvature(host):
+    generator = torch.Generator().manual_seed(1)
+    factor = torch.randn(12, 12, generator=generator, dtype=torch.float64)
+    matrix, b = factor @ factor.T + torch.eye(12), torch.randn(12, 2, generator=generator, dtype=torch.float64)
+    x, r, p = torch.zeros_like(b), b.clone(), b.clone()
+    rz = r.square().sum(0)
+    for _ in range(12):
+        *_, rz = host.cuda_cg_update(x, r, p, matrix @ p, rz, damping=0.5, inplace=True)
+    torch.testing.assert_close(x, torch.linalg.solve(matrix + 0.5 * torch.eye(12), b), rtol=1e-8, atol=1e-10)
+    x, r, p = (torch.randn(40, 3, generator=generator) for _ in range(3))
+    q = p * torch.tensor([1.0, -1.0, math.nan])
+    new_x, new_r, _, curvature, rr = host.cuda_cg_update(x, r, p, q, r.double().square().sum(0))
+    assert curvature[0] > 0 > curvature[1] and curvature[2].isnan()
+    assert torch.equal(new_x[:, 1:], x[:, 1:]) and torch.equal(new_r[:, 1:], r[:, 1:])
+    testing.assert_accurate((new_x[:, :2], new_r[:, :2]), lambda *a: [y[:, :2] for y in ops.cg_update.reference(*a)[:2]],
+                            x, r, p, q, r.double().square().sum(0))  # fmt: skip
+
+
+def test_cg_update_says_what_it_cannot_do(host):
+    x = torch.ones(4, 300)
+    assert "on cpu" in host.cuda_cg_update_supports(x, x, x, x, torch.ones(300, dtype=torch.float64))
+    assert "not yet measured" in host.cuda_cg_update_worthwhile(x, x, x, x, torch.ones(300, dtype=torch.float64))
