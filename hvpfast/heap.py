@@ -62,12 +62,12 @@ def _malloc() -> _Malloc | None:
 
 
 @contextlib.contextmanager
-def reused() -> Iterator[None]:
+def reused(wanted: bool = True) -> Iterator[None]:
     """Within the block, memory that is freed is used again. After it, malloc maps what is larger than 32 MB as before, and at
     most 1/32 of the machine's memory stays with the process; `release` gives that back too. Nothing without glibc."""
     global _inside, _settled
     malloc = _malloc()
-    if malloc is None:
+    if malloc is None or not wanted:
         yield
         return
     with _lock:
@@ -104,14 +104,3 @@ def release() -> None:
     malloc = _malloc()
     if malloc is not None:
         malloc.trim(0)
-
-
-def reusing(function: Callable) -> Callable:
-    """The function within `reused`."""
-
-    @functools.wraps(function)
-    def within(*args, **kwargs):
-        with reused():
-            return function(*args, **kwargs)
-
-    return within

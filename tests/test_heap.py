@@ -75,8 +75,14 @@ def test_where_malloc_is_not_glibcs_nothing_is_done(monkeypatch):
     monkeypatch.setattr(heap, "_malloc", lambda: None)
     with heap.reused():
         assert heap._inside == 0
-    assert heap.reusing(lambda x, y=1: x + y)(2, y=3) == 5
+    heap.settle()
     heap.release()
+
+
+@needs_glibc
+def test_only_where_it_is_wanted():
+    with heap.reused(False):
+        assert heap._inside == 0
 
 
 @pytest.mark.parametrize("name, value", [("MALLOC_TRIM_THRESHOLD_", "1"), ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")])

@@ -28,14 +28,10 @@ def _chunks(normals: Sequence[Normal], samples: int) -> Iterator[slice]:
         yield slice(start, min(start + step, samples))
 
 
-def _features(normal: Normal, weight: bool, ones: bool, part: slice) -> Tensor:
-    """(B, n, T, I) of a range of samples, in the dtype of the sums."""
+def _features(normal: Normal, weight: bool, part: slice) -> Tensor:
+    """(B, n, T, I) of a range of samples, in the dtype of the sums; without the weight, I = 0."""
     a = normal.inputs(part) if normal.patches else normal.inputs()[:, part]
-    a = a.to(ops.accumulate_dtype(a.dtype))
-    parts = [a] if weight else []
-    if ones:
-        parts.append(a.new_ones(*a.shape[:3], 1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 3)
+    return (a if weight else a[..., :0]).to(ops.accumulate_dtype(a.dtype))
 
 
 def input_rows(
@@ -270,24 +266,36 @@ def add_rotated_moment(
         return
     grads = [normal.grads(grad).to(total.dtype) for normal, grad in uses]  # (B, N, T, O)
     for part in _chunks([normal for normal, _ in uses], samples):
-        a = torch.cat([_features(normal, weight, ones, part) for normal, _ in uses], 2)
-        g = torch.cat([one[:, part] for one in grads], 2)
+        a = _beside([_features(normal, weight, part) for normal, _ in uses])
+        g = _beside([one[:, part] for one in grads])
         if apart:
             a, g = a.reshape(a.shape[0], -1, 1, a.shape[3]), g.reshape(g.shape[0], -1, 1, g.shape[3])
         for b, out in enumerate(total):
             q, p = (None if qa is None else qa[b]), (None if qg is None else qg[b])
-            _add_moment(out, a[b], g[b], q, p, alpha)
+            _add_moment(out, a[b], g[b], q, p, ones, alpha)
 
 
-def _add_moment(out: Tensor, a: Tensor, g: Tensor, qa: Tensor | None, qg: Tensor | None, alpha: float) -> None:
-    """out (o, i) += alpha sum_m (qg' g_m' a_m qa)^2: a (N, T, I), g (N, T, O)."""
-    (t, i), o = a.shape[1:], g.shape[2]
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    """(B, N, T, ...) each, side by side along T."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def _add_moment(
+    out: Tensor, a: Tensor, g: Tensor, qa: Tensor | None, qg: Tensor | None, ones: bool, alpha: float
+) -> None:
+    """out (o, i) += alpha sum_m (qg' g_m' (a_m 1) qa)^2: a (N, T, I), g (N, T, O); `ones`: whether the 1 is there."""
+    (t, i), o = (a.shape[1], a.shape[2] + ones), g.shape[2]
     left, right = (o if qg is None else qg.shape[1]), (i if qa is None else qa.shape[1])
     before = t * (i * right * (qa is not None) + o * left * (qg is not None) + left * right)
     after = t * i * o + o * i * right * (qa is not None) + o * left * right * (qg is not None)
+    if (qa is None and ones) or before > after:
+        a = torch.cat([a, a.new_ones(*a.shape[:2], 1)], 2) if ones else a
+        ones = False
     if before <= after or (qa is None and qg is None):
-        a, g = a if qa is None else a @ qa, g if qg is None else g @ qg
-        out.add_(ops.second_moment(a, g), alpha=alpha)
+        if qa is not None:
+            rows = a.flatten(0, 1)
+            a = (torch.addmm(qa[-1], rows, qa[:-1]) if ones else rows @ qa).unflatten(0, a.shape[:2])
+        out.add_(ops.second_moment(a, g if qg is None else g @ qg), alpha=alpha)
         return
     step = max(1, _CHUNK // (o * i))
     for start in range(0, a.shape[0], step):

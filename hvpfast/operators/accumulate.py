@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hvpfast import heap, ops
 from hvpfast.capture import kronecker
+from hvpfast.capture.problem import Problem
 from hvpfast.capture.sites import Site
 from hvpfast.capture.units import Layout, Unit
 from hvpfast.operators.factor import Dense, Diagonal, Factor, Thin
-from hvpfast.operators.sweep import Run, Sweep
+from hvpfast.operators.sweep import Run
 
 # Features beyond which a factor is kept as its diagonal: a language model's vocabulary would need terabytes.
 LARGEST_FACTOR = 16384
@@ -205,15 +206,17 @@ class RowSums:
         return self.total.div_(weight)
 
 
-def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerSums], list[RowSums], float, float]:
+def accumulate(
+    problem: Problem, runs: Iterable[Run], fisher_type: str, approx: str, single: bool
+) -> tuple[list[KroneckerSums], list[RowSums], float, float]:
     """One pass over the data: the sums of every block, what all terms count together, and the batches' total weight.
 
     `single`: whether few rows may stand for a factor. Raises ValueError for a parameter that no data reach.
     """
-    problem, sums, rows = sweep.problem, [], []
+    sums, rows = [], []
     dtype, device = ops.accumulate_dtype(problem.space.dtype), problem.space.device
     terms, weights = 0.0, []
-    for run in sweep:
+    for run in runs:
         if not weights:
             sums = [
                 KroneckerSums(unit, run, approx, single, dtype, device) for unit in run.units if unit.layout is not None
@@ -228,15 +231,15 @@ def accumulate(sweep: Sweep, approx: str, single: bool) -> tuple[list[KroneckerS
         for one in sums:
             one.add_inputs(run)
         read = {number for one in rows for number in one.unit.calls}
-        for number in {number for one in sums for number in one.unit.calls} - read:
+        for number in {number for one in sums for number in one.unit.calls} - read if not run.again else ():
             run.tape.calls[number].let_go()
-        if sweep.fisher_type == "forward-only":
+        if fisher_type == "forward-only":
             for one in rows:
                 one.add_diagonal(_forward_only(run, one.unit, problem.params), run.weight)
         else:
             _pull(run, sums, rows)
     for one in sums:
-        if not one.reached and sweep.fisher_type != "forward-only":
+        if not one.reached and fisher_type != "forward-only":
             raise ValueError(
                 f"{problem.who}: no data reach parameter {one.unit.names[0]!r}: the loss does not depend on it, in any batch; "
                 f"leave it out with params="

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from hvpfast import ops
+from hvpfast import heap, ops
 from hvpfast.autocast import full_precision
 from hvpfast.capture import kronecker
 from hvpfast.capture.units import Unit
@@ -23,13 +24,15 @@ class EKFAC(KFAC):
     `(Q_G (x) Q_A) diag(s) (Q_G (x) Q_A)'` with `s = sum over samples and columns (Q_G' g_m' a_m Q_A)^2`: of all matrices
     with this eigenbasis the nearest to the block in Frobenius norm, so never further from it than K-FAC.
 
-    Arguments, methods and errors as for `KFAC`; a second pass over the data. `inverse` is exact.
+    Arguments, methods and errors as for `KFAC`; a second pass over the data, for which a single
+    batch is run once. `inverse` is exact.
 
     Source: T. George et al., arXiv:1806.03884.
     """
 
     def __init__(self, *arguments: object, **options: object):
         super().__init__(*arguments, **options)
+        self._held: Run | None = None  # the only batch's, between the two passes
         if self.fisher_type == "forward-only":
             raise ValueError(
                 "EKFAC: fisher_type='forward-only' has no gradients to correct eigenvalues with; use KFAC, or another type"
@@ -43,8 +46,25 @@ class EKFAC(KFAC):
     def _sweep(self, by_sample: bool) -> Sweep:
         return super()._sweep(True)  # rows are told apart by sample, in both passes
 
+    def _runs(self) -> Iterable[Run]:
+        return self._sweep(True) if self._held is None else [self._held]
+
     def _blocks(self) -> list[Block]:
         return self._eigen()
+
+    @full_precision
+    def _eigen(self) -> list[Decomposed]:
+        if self._decomposed is not None:
+            return self._decomposed
+        with torch.inference_mode(False), heap.reused(self.device.type == "cpu"), contextlib.ExitStack() as stack:
+            if self._computed is None and self.problem.data.single:  # one run of the model serves both passes
+                runs = stack.enter_context(contextlib.closing(iter(self._sweep(True))))
+                self._held = next(runs)
+                self._held.again = True
+                stack.callback(setattr, self, "_held", None)
+                self._factored()
+                self._held.again = False
+            return super()._eigen()
 
     def _spectra(self, blocks: list[KroneckerBlock]) -> list[Spectrum]:
         bases = self._bases(blocks)
@@ -56,7 +76,7 @@ class EKFAC(KFAC):
         ]
         place = {block.names: i for i, block in enumerate(blocks)}
         weights = []
-        for run in self._sweep(True):
+        for run in self._runs():
             weights.append(run.weight)
             self._correct(run, place, totals, bases)
         scale = self.problem.batches_total(weights)
@@ -79,6 +99,7 @@ class EKFAC(KFAC):
             )
 
         def receive(number: int, grad: Tensor) -> None:
+            heap.settle()
             for unit in units[number]:
                 if len(unit.calls) == 1:
                     add(unit, [(number, grad)])

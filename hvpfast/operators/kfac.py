@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from hvpfast import ops
+from hvpfast import heap, ops
 from hvpfast.autocast import full_precision
 from hvpfast.capture.data import Batch
 from hvpfast.capture.errors import NonFiniteError
@@ -18,7 +18,6 @@ from hvpfast.capture.problem import Problem, finite
 from hvpfast.capture.state import preserved
 from hvpfast.capture.tape import recording
 from hvpfast.capture.units import Layout
-from hvpfast.heap import reusing
 from hvpfast.operators.accumulate import KroneckerSums, RowSums, accumulate
 from hvpfast.operators.blocks import (
     Block,
@@ -127,8 +126,8 @@ class KFAC(BlockDiagonal):
     def _factored(self) -> list[Block]:
         """The blocks as factors, computed once."""
         if self._computed is None:
-            with torch.inference_mode(False):
-                self._computed = self._compute() if self.device.type != "cpu" else reusing(self._compute)()
+            with torch.inference_mode(False), heap.reused(self.device.type == "cpu"):
+                self._computed = self._compute()
         return self._computed
 
     def _blocks(self) -> list[Block]:
@@ -142,9 +141,13 @@ class KFAC(BlockDiagonal):
     def _sweep(self, by_sample: bool) -> Sweep:
         return Sweep(self.problem, self.fisher_type, self.mc_samples, self.seed, by_sample)
 
+    def _runs(self) -> Iterable[Run]:
+        return self._sweep(self.kfac_approx == "reduce")
+
     def _compute(self) -> list[Block]:
-        by_sample = self.kfac_approx == "reduce"
-        sums, rows, terms, weight = accumulate(self._sweep(by_sample), self.kfac_approx, self._few_rows)
+        sums, rows, terms, weight = accumulate(
+            self.problem, self._runs(), self.fisher_type, self.kfac_approx, self._few_rows
+        )
         blocks: list[Block] = []
         for one in sums:
             a, g = one.finish(terms, weight)

@@ -37,8 +37,11 @@ class Run:
 
     Attributes:
         units: the diagonal blocks. tape: their calls. samples: N. weight: the batch's share of the total, before the
-            division by it; total: the sum of the terms' shares of the mean's denominator.
+            division by it; total: the sum of the terms' shares of the mean's denominator. again: whether it is pulled once more,
+            so that the graph and the layers' inputs must stay.
     """
+
+    again = False
 
     def __init__(self, sweep: Sweep, tape: Tape, evaluated: Evaluated):
         self._sweep, self.tape, self.batch = sweep, tape, evaluated.batch
@@ -122,7 +125,7 @@ class Run:
                     self.require_finite(grad, self.tape.calls[number].name)
                     kept[number] = grad
 
-            self._backward(u, arrived, retain=following is not None)
+            self._backward(u, arrived, retain=following is not None or self.again)
             if receive_sites is not None:
                 for unit in scales:
                     receive_sites(unit, self._by_rule(unit, kept))

@@ -152,6 +152,35 @@ def test_seeds():
     assert torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc"])
+@pytest.mark.parametrize("name", MODELS)
+def test_ekfac_of_one_batch_runs_the_model_once(name, fisher_type):
+    """Its two passes are over one graph: the operator is that of two runs, which asking for the factors first makes."""
+    case = make(name)
+    data, runs = (case.inputs, torch.arange(len(case.inputs)) % case.classes), []
+    handle = case.model.register_forward_hook(lambda *_: runs.append(case.model.training))
+    twice = hf.EKFAC(case.model, F.cross_entropy, data, fisher_type=fisher_type)
+    assert twice.factors and (own := twice.to_dense()) is not None
+    before = len(runs)
+    once = hf.EKFAC(case.model, F.cross_entropy, data, fisher_type=fisher_type)
+    assert torch.equal(once.to_dense(), own)
+    assert once._held is None and once.factors.keys() == twice.factors.keys()
+    assert len(runs) - before == before - 1  # rows by autograd run the model for themselves
+    handle.remove()
+
+
+def test_ekfac_that_fails_between_its_passes_lets_the_graph_go(monkeypatch):
+    case = make("mlp")
+    data = case.inputs, torch.arange(len(case.inputs)) % 3
+    k = hf.EKFAC(case.model, F.cross_entropy, data)
+    monkeypatch.setattr(k, "_bases", lambda blocks: (_ for _ in ()).throw(ValueError("no basis")))
+    with pytest.raises(ValueError, match="no basis"):
+        k.trace()
+    assert k._held is None and not case.model[0]._forward_hooks
+    monkeypatch.undo()
+    assert torch.equal(k.to_dense(), hf.EKFAC(case.model, F.cross_entropy, data).to_dense())
+
+
 def test_factors_by_name():
     k = operator(hf.KFAC, "attention")
     assert k.factors["embedding"].A.shape == (7,)
