@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from hvpfast.capture.axes import scattered_calls
 from hvpfast.capture.layers import rule_of
 from hvpfast.capture.pull import last_calls, pull_back
 
@@ -67,8 +68,9 @@ def shared_tables(tape: Tape, model: nn.Module, nodes: Iterable[Node], n: int) -
 def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int, mixed: bool) -> Rows:
     """What the calls behind `output`, N samples in order, do with their rows.
 
-    Two backward passes, of the first and of the last sample that the output depends on anything for, that keep one bit a
-    row; once for a model and a pattern of calls (their layers, and which of their axes are as long as the batch).
+    From the graph's nodes where those tell (see `axes`). Else two backward passes, of the first and of the last sample that
+    the output depends on anything for, that keep one bit a row. Once for a model and a pattern of calls (their layers, and
+    which of their axes are as long as the batch).
     `mixed`: see `mixes_samples`.
     """
     if n < 2 or mixed or not output.numel():
@@ -77,7 +79,8 @@ def rows_of(tape: Tape, model: nn.Module | None, output: Tensor, n: int, mixed: 
     known = _known.setdefault(model, {}) if model is not None else {}
     if pattern in known:
         return known[pattern]
-    rows, sure = _probe(tape, output, n)
+    scattered = scattered_calls(tape, output, n)
+    rows, sure = _probe(tape, output, n) if scattered is None else (Rows(frozenset(scattered), frozenset()), True)
     if sure:
         known[pattern] = rows
     return rows

@@ -6,6 +6,7 @@ backward pass a column computes the gradients at layers' outputs alone: no weigh
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -115,7 +116,8 @@ class Run:
             following = next(columns, None)
             sites: dict[tuple[str, ...], list[Site]] = {}
             if receive_sites is not None and rest:
-                sites = self._by_autograd(rest, u)
+                with self._refusing_changes():
+                    sites = self._by_autograd(rest, u)
             kept: dict[int, Tensor] = {}
 
             def arrived(number: int, grad: Tensor, kept: dict[int, Tensor] = kept) -> None:
@@ -252,8 +254,13 @@ class Run:
     # Backward passes ----------------------------------------------------------------------------------------------------
 
     def _backward(self, u: Tensor, arrived: Receive, retain: bool) -> None:
-        try:
+        with self._refusing_changes():
             pull_back(self.tape, self._output, u, self._last, arrived, retain)
+
+    @contextlib.contextmanager
+    def _refusing_changes(self) -> Iterator[None]:
+        try:
+            yield
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 raise StateError(

@@ -5,10 +5,15 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
 from truths import own_gradients, relative
 
 import hvpfast as hf
+from hvpfast.capture import rows
+from hvpfast.capture.axes import scattered_calls
+from hvpfast.capture.rows import _probe
+from hvpfast.capture.tape import recording
 
 TOKENS, WIDTH = 5, 4
 
@@ -205,3 +210,105 @@ def test_a_table_of_positions_before_a_convolution(n):
     grads = hf.per_sample_grads(model, loss, (x, y))
     assert relative(torch.cat([g.reshape(n, -1) for g in grads.values()], 1), truth) < 1e-12
     assert relative(hf.EmpiricalFisher(model, loss, (x, y)).to_dense(), truth.T @ truth / n) < 1e-12
+
+
+# Told from the graph's nodes, without a backward pass -----------------------------------------------------------------
+
+
+class Mixing(nn.Module):
+    """One layer, then a function of (N, 6), and another layer."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.inner, self.head = function, nn.Linear(4, 6), nn.LazyLinear(3)
+
+    def forward(self, x):
+        return self.head(self.function(torch.tanh(self.inner(x))))
+
+
+N = 6
+TELLING = {  # which rows a sample's output depends on: its own, in order; or all of them with time first
+    "gelu and a sum": lambda h: F.gelu(h) + h * 2,
+    "softmax over features": lambda h: h.softmax(-1) * h.log_softmax(1),
+    "norms": lambda h: F.layer_norm(F.group_norm(h, 3), (6,)),
+    "shift and scale by the sample's own": lambda h: (h - h.mean(1, keepdim=True)) / h.var(1, keepdim=True).sqrt(),
+    "images": lambda h: F.max_pool2d(F.pad(h.view(N, 2, 1, 3), (1, 1, 0, 1)), 2).flatten(1),
+    "cut and put together": lambda h: torch.cat([h[:, 1:3], *h.split(2, 1), h.unbind(1)[0][:, None]], -1),
+    "stacked": lambda h: torch.stack([h.select(1, 2), h.amax(-1)], -1),
+    "batched products": lambda h: (h.view(N, 2, 3) @ h.view(N, 3, 2)).flatten(1),
+    "attention": lambda h: F.scaled_dot_product_attention(*[h.view(N, 1, 3, 2)] * 3).flatten(1),
+    "turned twice": lambda h: h.t().contiguous().t(),
+    "permuted": lambda h: h.view(N, 2, 3).permute(2, 0, 1).clone().permute(1, 2, 0).reshape(N, 6),
+}
+MIXED = {
+    "mean over the batch": lambda h: h - h.mean(0),
+    "maximum of the batch": lambda h: h / h.amax(0, keepdim=True),
+    "softmax over the batch": lambda h: h.softmax(0),
+    "batch statistics": lambda h: F.batch_norm(h[:, :, None, None], None, None, training=True).flatten(1),
+    "the next sample": lambda h: h.roll(1, 0),
+    "reversed": lambda h: h.flip(0),
+    "halves changed": lambda h: torch.cat([h[3:], h[:3]]),
+    "all pairs": lambda h: h @ h.t(),
+    "squares": lambda h: h @ h,
+    "attention among samples": lambda h: F.scaled_dot_product_attention(*[h[None, None]] * 3)[0, 0],
+    "turned once": lambda h: h.t() + h,
+    "running sums": lambda h: h.cumsum(0),
+    "another order of the same numbers": lambda h: h.t().reshape(N, 6) * 1.0,
+    "in place of a part": lambda h: h.clone().index_copy(0, torch.tensor([0]), h[5:]),
+    "layer norm of everything": lambda h: F.layer_norm(h, (N, 6)),
+    "the first sample's": lambda h: h + h[:1],
+    "expanded": lambda h: h[0].expand(N, 6) * h,
+}
+
+
+def both_verdicts(model, x, n):
+    with recording(model, list(model.parameters())) as tape:
+        output = model(x)
+    return scattered_calls(tape, output, n), _probe(tape, output, n)[0]
+
+
+@pytest.mark.parametrize("name", TELLING)
+def test_nodes_that_keep_samples_apart_are_followed(name):
+    told, probed = both_verdicts(Mixing(TELLING[name]), torch.randn(N, 4), N)
+    assert told == set() and probed == rows.UNKNOWN
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_nodes_that_mix_samples_are_not(name):
+    told, probed = both_verdicts(Mixing(MIXED[name]), torch.randn(N, 4), N)
+    assert told is None and (probed.scattered or probed.shared)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *zoo.MODELS])
+def test_nodes_tell_what_gradients_tell_or_nothing(name):
+    if name in MODELS:
+        model, x, n = MODELS[name](), torch.randint(0, 7, (TOKENS + 5, TOKENS)), TOKENS + 5
+    else:
+        case = zoo.make(name)
+        model, x, n = case.model, case.inputs, zoo.N
+        if isinstance(x, (tuple, dict)):
+            return
+    told, probed = both_verdicts(model.eval(), x, n)
+    assert told is None or (told == probed.scattered and not probed.shared)
+    if name == "time first":
+        assert told == {1}
+
+
+def test_no_gradient_is_pulled_back_where_the_nodes_tell(monkeypatch):
+    monkeypatch.setattr(rows, "_probe", lambda *_: pytest.fail("asked by gradients"))
+    layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+    model = nn.Sequential(nn.Conv1d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(2), Swapped(layer), nn.Linear(8, 3))
+    assert hf.KFAC(model, F.cross_entropy, (torch.randn(4, 3, 9), torch.arange(4) % 3)).factors
+    norms = hf.per_sample_grad_norms(
+        TimeFirst(), F.cross_entropy, (torch.randint(0, 7, (6, TOKENS)), torch.arange(6) % 3)
+    )
+    assert norms.shape == (6,)
+
+
+class Swapped(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x.transpose(1, 2)).mean(1)
