@@ -227,8 +227,6 @@ def cpu_sample_grads_worthwhile(a, g, *, out=None, precision="auto") -> str | No
     (_, t, i), (m, _, o) = a.shape, g.shape
     size = m * o * i
     large = size * (8 if a.dtype is torch.float64 else 4) > 8 << 20
-    if out is None and large:
-        return "there is no out: the first writing of fresh memory costs more than anything else"
     if t == 1:
         return None if size >= 1 << 17 else "a small result: torch's call costs as little"
     if a.dtype is torch.bfloat16 and _cpu_uses_amx(a, precision):

@@ -24,6 +24,18 @@ def faults_of_writing(numbers: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+def test_spacious_memory_is_memory():
+    for shape, dtype in (
+        ((3, 5), torch.float64),
+        ((1100, 1000), torch.float32),
+        ((3 << 20,), torch.bfloat16),
+        ((0, 4), torch.float32),
+    ):
+        x = heap.spacious(shape, dtype, torch.device("cpu"))
+        assert (x.shape, x.dtype, x.is_contiguous()) == (shape, dtype, True)
+        assert int((x.fill_(3) == 3).sum()) == x.numel()
+
+
 @needs_glibc
 def test_freed_memory_is_used_again_and_given_back():
     heap.release()

@@ -112,7 +112,9 @@ template <class T>
 void grads(const Engine<T>& vector, const Rowwise<T>& rowwise, const Batch& a, const Batch& g, const Samples& out, Precision precision,
            int threads) {
     const int64_t i = a.features, o = g.features, t = a.positions;
-    const bool stream = g.batch * o * i * int64_t(sizeof(T)) > kStreamed;
+    const int64_t bytes = g.batch * o * i * int64_t(sizeof(T));
+    const bool dense = out.col_stride == 1 && out.row_stride == i && out.sample_stride == o * i;
+    const bool stream = bytes > kStreamed && !(dense && untouched(out.data, bytes));
     if (t == 1) return outer_products(rowwise, a, g, out, stream, threads);
     const auto cost = [&](const Engine<T>& engine, bool thrice) {
         return product_cycles(engine, thrice, o, i, t, false) + pack_cycles(engine, t * (o + i), false);

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <initializer_list>
 #include <new>
 
 #if defined(__linux__)
@@ -51,6 +52,24 @@ char* workspace(int64_t bytes) {
 #endif
     }
     return scratch.aligned;
+}
+
+bool untouched(void* result, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    constexpr uintptr_t kPage = 4096, kHuge = uintptr_t(2) << 20;
+    const uintptr_t first = (reinterpret_cast<uintptr_t>(result) + kHuge - 1) / kHuge * kHuge;
+    const uintptr_t last = (reinterpret_cast<uintptr_t>(result) + uintptr_t(bytes)) / kHuge * kHuge;
+    if (bytes < int64_t(2 * kHuge) || last <= first) return false;
+    for (const uintptr_t at : {first, (first + last) / 2, last - kPage}) {
+        unsigned char resident = 1;
+        if (mincore(reinterpret_cast<void*>(at / kPage * kPage), kPage, &resident) != 0 || (resident & 1)) return false;
+    }
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    return true;
+#else
+    (void)result, (void)bytes;
+    return false;
+#endif
 }
 
 }  // namespace hvpfast

@@ -14,6 +14,10 @@ namespace hvpfast {
 char* workspace(int64_t bytes);
 int64_t workspace_bytes();  // held by all threads of the process
 
+// Whether a result's memory was never written. If so, and there is much of it, huge pages are asked for: the system then
+// clears 2 MiB at a fault and not 4 KiB, and the result is best written through the caches, where the cleared lines are.
+bool untouched(void* result, int64_t bytes);
+
 // The largest workspace that a kernel should plan with.
 constexpr int64_t kWorkspaceBound = int64_t(256) << 20;
 

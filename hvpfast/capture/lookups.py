@@ -41,10 +41,11 @@ class LookupSite(Site):
         distinct, place = keys.reshape(-1).unique(return_inverse=True)
         return distinct, self._g.new_zeros(distinct.numel(), d).index_add_(0, place, self._g.reshape(-1, d))
 
-    def sample_grads(self) -> Tensor:
+    def sample_grads(self, out: Tensor | None = None) -> Tensor:
         v, d = self.shape
         keys, sums = self._summed()
-        return sums.new_zeros(self.rows * v, d).index_copy_(0, keys, sums).reshape(self.rows, v, d)
+        whole = sums.new_empty(self.rows * v, d) if out is None else out.view(-1, d)
+        return whole.zero_().index_copy_(0, keys, sums).view(self.rows, v, d)
 
     def norms_squared(self) -> Tensor:
         return ops.embedding_sample_norms(self.g, self.indices)
@@ -76,8 +77,8 @@ class TiedSite(Site):
     def tensors(self) -> list[Tensor]:
         return [*self.lookup.tensors(), *self.linear.tensors()]
 
-    def sample_grads(self) -> Tensor:
-        return self.linear.sample_grads().add_(self.lookup.sample_grads())
+    def sample_grads(self, out: Tensor | None = None) -> Tensor:
+        return self.linear.sample_grads(out).add_(self.lookup.sample_grads())
 
     def _common(self) -> tuple[Tensor, Tensor, Tensor]:
         """The distinct (row, index) pairs as row * V + index, (U,), and of each the lookups' and the product's gradient,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from operator import methodcaller
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +30,11 @@ _ARGUMENTS = """
 
 
 class _Chunk(NamedTuple):
-    """Some samples. names: of the parameters. map: (statistic of a site) -> its values, one a parameter, from one backward
-    pass (see `Samples.map`). scale: what makes a site's rows gradients of the samples' own losses."""
+    """Some samples. names: of the parameters. map: `Samples.map`, in one backward pass. scale: what makes a site's rows
+    gradients of the samples' own losses."""
 
     names: tuple[str, ...]
-    map: Callable[[Callable[[Site], Any]], list]
+    map: Callable[..., list]
     scale: float
 
 
@@ -44,7 +45,11 @@ def _chunks(
         if loss is not None or batch is not None or params is not None or chunk_size is not None:
             raise TypeError(f"{who}: a tape takes neither loss, batch, params nor chunk_size: it has its pass already")
         sites = model.sites(who)
-        yield _Chunk(model.names, lambda f: [f(site) for site in sites], scale_of(reduction, model.samples, who))
+        yield _Chunk(
+            model.names,
+            lambda f, *others: [f(*each) for each in zip(sites, *others, strict=True)],
+            scale_of(reduction, model.samples, who),
+        )
         return
     if reduction is not None:
         raise TypeError(f"{who}: reduction is for tapes; with a model the loss says it")
@@ -98,6 +103,7 @@ def per_sample_grads(
     params: object = None,
     reduction: str | None = None,
     chunk_size: int | None = None,
+    out: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Gradients of each sample's own loss.
 
@@ -106,19 +112,50 @@ def per_sample_grads(
 
     @ARGUMENTS
         chunk_size: samples run through the model at a time; None for all.
+        out: what an earlier call returned, or tensors like that, to write to: memory that is new to the process
+            costs several times what the gradients do.
 
     Returns:
         {name: (N, *param.shape)}, float32 (float64 for float64). Tied weights and modules called twice are summed exactly.
 
     Raises:
-        StateError, NonFiniteError, ValueError, TypeError: as for `hvpfast.GGN` and `hvpfast.record`.
+        StateError, NonFiniteError, ValueError, TypeError: as for `hvpfast.GGN` and `hvpfast.record`; `out` that does not fit.
     """
+    who, start = "per_sample_grads", 0
     parts: dict[str, list[Tensor]] = {}
-    for names, each, scale in _chunks("per_sample_grads", model, loss, batch, params, reduction, chunk_size):
-        for name, grads in zip(names, each(methodcaller("sample_grads")), strict=True):
-            _require_finite(grads, "per_sample_grads", name)
-            parts.setdefault(name, []).append(grads if scale == 1 else grads * scale)
+    for names, each, scale in _chunks(who, model, loss, batch, params, reduction, chunk_size):
+        take = functools.partial(_sample_grads, out, start, who)
+        for name, (grads, known) in zip(names, each(take, names), strict=True):
+            if not known:
+                _require_finite(grads, who, name)
+            if scale != 1:  # a tape keeps some rows for the next question
+                grads = grads * scale if out is None else grads.mul_(scale)
+            parts.setdefault(name, []).append(grads)
+        start += len(grads)
+    if out is not None:
+        for name in parts:
+            if out[name].shape[0] != start:
+                raise ValueError(f"{who}: out[{name!r}] has {out[name].shape[0]} rows; there are {start} samples")
+        return {name: out[name] for name in parts}
     return {name: some[0] if len(some) == 1 else torch.cat(some) for name, some in parts.items()}
+
+
+def _sample_grads(out: dict[str, Tensor] | None, start: int, who: str, site: Site, name: str) -> tuple[Tensor, bool]:
+    """A site's gradients, in the rows of `out` from `start` on, and whether they are known to be finite."""
+    if out is None:
+        return site.sample_grads(), site.surely_finite()
+    if name not in out:
+        raise ValueError(f"{who}: out has no {name!r}; it must hold a tensor for every parameter asked for")
+    whole, stop = out[name], start + site.rows
+    shape, dtype = (whole.shape[0], *site.shape), site.dtype
+    if whole.shape != shape or whole.dtype is not dtype or whole.shape[0] < stop:
+        raise ValueError(
+            f"{who}: out[{name!r}] is {whole.dtype} of shape {tuple(whole.shape)}; it must be {dtype} of shape "
+            f"(N, *{site.shape}), N the number of samples, {stop} or more"
+        )
+    to = whole[start:stop]
+    grads = site.sample_grads(to) if to.is_contiguous() else to.copy_(site.sample_grads())
+    return grads, site.surely_finite()
 
 
 def _norms(who: str, names: tuple[str, ...], squares: Sequence[Tensor], scale: float) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,9 +38,9 @@ class Samples:
         )
         self.names = self.problem.space.names
 
-    def map(self, statistic: Callable[[Site], Result]) -> list[Result]:
-        """The statistic of every parameter's site, in order; each is taken in the backward pass, as soon as the gradients
-        are there, which are then let go: no more memory than a plain gradient needs, and data still in the cache.
+    def map(self, statistic: Callable[..., Result], *others: Sequence[object]) -> list[Result]:
+        """`map(statistic, sites, *others)`, in the parameters' order. Each is taken in the backward pass, as soon as the
+        gradients are there, which are then let go: no more memory than a plain gradient needs, and data still in the cache.
         """
         problem = self.problem
         tensors, results = list(problem.params.values()), {}
@@ -55,13 +55,16 @@ class Samples:
             rest = {n: p for (n, p), own in zip(problem.params.items(), covered, strict=True) if not own}
             by_rule = [i for i, own in enumerate(covered) if own]
 
+            def take(i: int, site: Site) -> None:
+                results[i] = statistic(site, *(other[i] for other in others))
+
             def receive(number: int, site: Site) -> None:
-                results[by_rule[number]] = statistic(site)
+                take(by_rule[number], site)
 
             tape.stream([tensors[i] for i in by_rule], losses, torch.ones_like(losses), receive, bool(rest))
             by_autograd = (i for i, own in enumerate(covered) if not own)
             for i, site in zip(by_autograd, self._by_autograd(one, losses, rest), strict=True):
-                results[i] = statistic(site)
+                take(i, site)
         return [results[i] for i in range(len(tensors))]
 
     def _by_autograd(self, batch: Batch, losses: Tensor, rest: dict[str, Tensor]) -> list[Site]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor
 
 from hvpfast import ops
@@ -24,9 +25,18 @@ class Site:
         """What the site keeps alive."""
         raise NotImplementedError
 
-    def sample_grads(self) -> Tensor:
-        """(M, *shape)"""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the statistics."""
+        return ops.accumulate_dtype(self.tensors()[-1].dtype)
+
+    def sample_grads(self, out: Tensor | None = None) -> Tensor:
+        """(M, *shape), in `out` if given: a contiguous tensor of that shape and dtype."""
         raise NotImplementedError
+
+    def surely_finite(self) -> bool:
+        """Whether it is known, for less than a look at `sample_grads`, that they hold neither NaN nor inf."""
+        return False
 
     def norms_squared(self) -> Tensor:
         """(M,)"""
@@ -70,8 +80,9 @@ class DenseSite(Site):
     def tensors(self) -> list[Tensor]:
         return [self.flat]
 
-    def sample_grads(self) -> Tensor:
-        return (self.flat.clone() if self._borrowed else self.flat).reshape(-1, *self.shape)
+    def sample_grads(self, out: Tensor | None = None) -> Tensor:
+        rows = self.flat.reshape(-1, *self.shape)
+        return out.copy_(rows) if out is not None else rows.clone() if self._borrowed else rows
 
     def norms_squared(self) -> Tensor:
         # Of the gradients of a Linear's bias, whose input is a one: in one pass, with no array of squares.

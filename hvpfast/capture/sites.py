@@ -6,6 +6,7 @@ Uses of one weight stand side by side along T, which sums over them exactly (tie
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 
@@ -17,6 +18,7 @@ from hvpfast.capture.errors import StateError
 from hvpfast.capture.layers import Normal
 from hvpfast.capture.lookups import LookupSite, TiedSite
 from hvpfast.capture.site import DenseSite, EmptySite, Site, SummedSite, added, widened
+from hvpfast.heap import spacious
 
 # Kinds of uses that one weight may have together: a table of embeddings and a Linear.
 TIED = {"rows", "linear"}
@@ -65,8 +67,21 @@ class LinearSite(Site):
         parts = w.reshape(w.shape[0], len(self.groups), *last).unbind(1)
         return [part.mT if self.transposed else part for part in parts]
 
-    def sample_grads(self) -> Tensor:
-        return self._gather([ops.sample_grads(a, g) for a, g in self.groups])
+    def sample_grads(self, out: Tensor | None = None) -> Tensor:
+        a, g = self.groups[0]
+        if len(self.groups) > 1 or self.transposed:
+            whole = self._gather([ops.sample_grads(a, g) for a, g in self.groups])
+            return whole if out is None else out.copy_(whole)
+        out = spacious((self.rows, *self.shape), self.dtype, a.device) if out is None else out
+        ops.sample_grads(a, g, out=out.view(self.rows, g.shape[2], a.shape[2]))
+        return out
+
+    def surely_finite(self) -> bool:
+        (a, g), *others = self.groups
+        if others or 4 * (a.numel() + g.numel()) > self.rows * math.prod(self.shape):
+            return False
+        largest = float(a.abs().amax()) * float(g.abs().amax()) * a.shape[1]
+        return largest < torch.finfo(self.dtype).max / 2
 
     def norms_squared(self) -> Tensor:
         return added(ops.sample_norms_squared(a, g) for a, g in self.groups)
@@ -107,46 +122,55 @@ class PatchSite(Site):
     def tensors(self) -> list[Tensor]:
         return [g for _, g in self.uses]
 
-    def _chunks(self) -> Iterator[tuple[Tensor, LinearSite]]:
+    def _chunks(self) -> Iterator[tuple[Tensor | slice, LinearSite]]:
         """Rows (of M) of a few samples, and their site."""
         k = self.rows // max(1, self.samples)
         order = torch.arange(self.rows, device=self.uses[0][1].device).reshape(k, -1)
         for start in range(0, self.samples, self.step):
             part = slice(start, min(start + self.step, self.samples))
-            rows = order[:, part].reshape(-1)
+            rows = order[:, part].reshape(-1) if k > 1 else part
             pairs = []
             for normal, g in self.uses:
                 some = g[:, part] if k == 1 else g[:, rows]
                 pairs.append((normal.inputs(part), some))
             yield rows, _linear_site(self.shape, pairs, False)
 
-    def _by_rows(self, statistic: Callable[[LinearSite, Tensor], Tensor]) -> Tensor:
+    def _by_rows(self, statistic: Callable[[LinearSite], Tensor]) -> Tensor:
         """(M, ...) from each chunk's rows."""
         result: Tensor | None = None
         for rows, site in self._chunks():
-            part = statistic(site, rows)
+            part = statistic(site)
             if result is None:
-                if len(rows) == self.rows:
+                if len(part) == self.rows:
                     return part
                 result = part.new_empty(self.rows, *part.shape[1:])
             result[rows] = part
         return result
 
-    def _summed(self, statistic: Callable[[LinearSite, Tensor], Tensor]) -> Tensor:
+    def _summed(self, statistic: Callable[[LinearSite, Tensor | slice], Tensor]) -> Tensor:
         total: Tensor | None = None
         for rows, site in self._chunks():
             part = statistic(site, rows)
             total = part if total is None else total.add_(part)
         return total
 
-    def sample_grads(self) -> Tensor:
-        return self._by_rows(lambda site, _: site.sample_grads())
+    def sample_grads(self, out: Tensor | None = None) -> Tensor:
+        for rows, site in self._chunks():
+            if out is None:
+                out = spacious(
+                    (self.rows, *self.shape), ops.accumulate_dtype(site.groups[0][0].dtype), self.uses[0][1].device
+                )
+            if isinstance(rows, slice):
+                site.sample_grads(out[rows])
+            else:
+                out[rows] = site.sample_grads()
+        return out
 
     def norms_squared(self) -> Tensor:
-        return self._by_rows(lambda site, _: site.norms_squared())
+        return self._by_rows(LinearSite.norms_squared)
 
     def dots(self, w: Tensor) -> Tensor:
-        return self._by_rows(lambda site, _: site.dots(w))
+        return self._by_rows(lambda site: site.dots(w))
 
     def weighted(self, c: Tensor) -> Tensor:
         return self._summed(lambda site, rows: site.weighted(c[rows]))

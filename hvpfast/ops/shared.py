@@ -57,7 +57,7 @@ _CACHED = 1 << 17
 
 def column_dots(x: Tensor, y: Tensor) -> Tensor:
     """x, y (n, K) -> (K,) float64: the dot product of each pair of columns."""
-    if x.numel() <= _CACHED or x.dtype is torch.float64 and x.is_cpu:
+    if x.numel() <= _CACHED or (x.dtype is torch.float64 and x.is_cpu):
         return _piece_dots(x.double(), x.double() if y is x else y.double())
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     if not x.is_cpu:

@@ -24,6 +24,9 @@ def test_every_quantity(model_name, loss_name):
     norms = truth.norm(dim=1)
 
     grads = hf.per_sample_grads(case.model, loss, batch)
+    room = {name: torch.full_like(g, torch.nan) for name, g in grads.items()}
+    again = hf.per_sample_grads(case.model, loss, batch, out=room)
+    assert all(again[name] is room[name] and relative(room[name], g) < 1e-12 for name, g in grads.items())
     named = {n: p for n, p in case.model.named_parameters() if p.requires_grad}
     assert {n: g.shape[1:] for n, g in grads.items()} == {n: p.shape for n, p in named.items()}
     assert relative(torch.cat([g.reshape(6, -1) for g in grads.values()], 1), truth) < 1e-12

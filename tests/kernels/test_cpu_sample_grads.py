@@ -87,3 +87,22 @@ def test_a_result_inside_an_input_is_left_to_the_reference():
         pytest.skip(tiers.WHY_NONE)
     a = torch.zeros(4, 1, 3)
     assert "shares memory" in ops.sample_grads.why_not("cpu", a, torch.zeros(4, 1, 1), out=a)
+
+
+@pytest.mark.parametrize("tier", tiers.TIERS)
+@pytest.mark.parametrize("t", [1, 3])
+def test_memory_that_is_new_and_memory_that_is_not(tier, t):
+    """A large result in fresh pages, in pages that were written, and half of each."""
+    with tiers.forced(tier):
+        check_new_memory(t)
+
+
+def check_new_memory(t):
+    torch.manual_seed(0)
+    a, g = torch.randn(5, t, 700), torch.randn(5, t, 1100)  # 15 MB
+    truth = ops.sample_grads.reference(a.double(), g.double())
+    for room in (torch.empty(5, 1100, 700), torch.zeros(5, 1100, 700), torch.empty(5, 1100, 700)):
+        room[:, :3] = math.nan if room[0, 0, 0] == 0 else 1.0
+        for out in (room, None, room):
+            found = ops.sample_grads.on("cpu")(a, g, out=out)
+            assert float((found - truth).norm() / truth.norm()) < 3e-7
