@@ -131,6 +131,7 @@ ROWS: tuple[Row, ...] = (
     *(Row("second_moment", *pair) for pair in _PAIRS),
     Row("second_moment", 16, 128, 256, 1024, dtype=_half),
     *(Row("rotated_second_moment", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 768, 768))),
+    *(Row("sample_statistics", *pair) for pair in ((64, 16, 512, 512), (16, 128, 256, 1024))),
     *(Row("sample_grads", *pair) for pair in ((256, 1, 784, 512), (512, 1, 1024, 1024), (16, 128, 256, 1024))),
     *(Row("sample_gram", *pair) for pair in ((512, 1, 1024, 1024), (256, 1, 784, 512), (64, 16, 256, 256))),
     *(Row(op, 1, 1, i, o, k) for op in ("kron_apply", "kron_solve") for i, o, k in ((1024, 1024, 1), (512, 512, 10))),
@@ -185,6 +186,8 @@ def work(row: Row) -> tuple[int, int]:
         return min(grams, product + 2 * m * i * o), pair + wide * m
     if row.op == "second_moment":
         return product + (0 if t == 1 else 2 * m * i * o), pair + wide * i * o
+    if row.op == "sample_statistics":
+        return product + 5 * m * i * o, pair + wide * (2 * i * o + 2 * m)
     if row.op == "sample_grads":
         return product, pair + wide * m * i * o
     if row.op == "sample_dots":
@@ -212,6 +215,11 @@ def work(row: Row) -> tuple[int, int]:
 
 
 # torch's own formulations: what a user would write, the result kept where the op keeps it ------------------------------
+
+
+def _statistics(rows: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    flat = rows.flatten(1)
+    return flat.square().sum(1), (c @ flat).reshape(rows.shape[1:]), rows.square().sum(0)
 
 
 def _pairs(a: Tensor, g: Tensor) -> Tensor:
@@ -338,6 +346,9 @@ FORMULATIONS: dict[str, dict[str, Callable]] = {
     "sample_dots": {
         "torch einsum": lambda a, g, w: torch.einsum("mto,mti,koi->mk", g, _pairs(a, g), w),
         "torch materialised": lambda a, g, w: torch.bmm(g.mT, _pairs(a, g)).flatten(1) @ w.flatten(1).T,
+    },
+    "sample_statistics": {
+        "torch materialised": lambda a, g, c: _statistics(torch.bmm(g.mT, _pairs(a, g)), c),
     },
     "linear_rop": {
         "torch, a sum of two products": lambda x, w, dx, dw, *, db: dx @ w.T + x @ dw.mT + db[:, None],

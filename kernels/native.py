@@ -157,6 +157,23 @@ def cpu_second_moment_worthwhile(a, g, *, out=None, precision="auto") -> str | N
     return None
 
 
+def cpu_sample_statistics(a, g, c=None, *, precision="auto"):
+    (n, t, i), (m, _, o) = a.shape, g.shape
+    norms, squares = cpu_sample_norms_squared(a, g, precision=precision), cpu_second_moment(a, g, precision=precision)
+    rows = g.to(norms.dtype) if c is None else g.to(norms.dtype) * c.to(norms.dtype).reshape(m, 1, 1)
+    rows = rows if m == n else rows.reshape(m // n, n, t, o).sum(0)  # those that share an input
+    return norms, rows.reshape(n * t, o).T @ a.to(norms.dtype).reshape(n * t, i), squares
+
+
+def cpu_sample_statistics_supports(a, g, c=None, *, precision="auto") -> str | None:
+    return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
+
+
+def cpu_sample_statistics_worthwhile(a, g, c=None, *, precision="auto") -> str | None:
+    slower = cpu_second_moment_worthwhile(a, g, precision=precision)
+    return cpu_sample_norms_squared_worthwhile(a, g, precision=precision) if slower is None else slower
+
+
 def cpu_sample_grads(a, g, *, out=None, precision="auto"):
     if out is None:
         shape = (g.shape[0], g.shape[2], a.shape[2])

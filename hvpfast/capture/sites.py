@@ -97,8 +97,6 @@ class LinearSite(Site):
         return self._gather([ops.second_moment(a, g).unsqueeze(0) for a, g in self.groups])[0]
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self.groups[0][0].is_cpu:  # where each has a kernel of its own, and no one has all three
-            return super().statistics()
         norms, sums, squares = zip(*(ops.sample_statistics(a, g) for a, g in self.groups), strict=True)
         return added(norms), *(self._gather([one.unsqueeze(0) for one in parts])[0] for parts in (sums, squares))
 

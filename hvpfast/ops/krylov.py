@@ -85,7 +85,7 @@ def cg_update(
 
         c = p'(q + damping p);  x += (rz / c) p;  r -= (rz / c) (q + damping p);  p = r + (r'r / rz) p
 
-    A system whose c is not positive keeps its x and r (and p becomes r + p): A + damping I is not positive definite, or p is zero.
+    A system whose c is not positive keeps its x and r, and p becomes r + p: A + damping I is not positive definite, or p is 0.
 
     Args:
         x, r, p, q: the iterate, its residual, the direction and its image, of one shape (...) or, for K systems, (..., K); or

@@ -179,7 +179,7 @@ def _check_sample_statistics(a, g, c=None):
             raise ValueError(f"sample_statistics: c has shape {tuple(c.shape)}; it must be (M,) with M = {g.shape[0]}")
 
 
-@op(check=_check_sample_statistics, backends=("triton",))
+@op(check=_check_sample_statistics, backends=("cpu", "triton"))
 def sample_statistics(a: Tensor, g: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`sample_norms_squared`, `weighted_grad` and `second_moment` of the same per-sample gradients, together.
 

@@ -208,7 +208,7 @@ def test_cg_update_solves_a_system_and_keeps_what_has_no_positive_curvature(host
     torch.testing.assert_close(x, torch.linalg.solve(matrix + 0.5 * torch.eye(12), b), rtol=1e-8, atol=1e-10)
     x, r, p = (torch.randn(40, 3, generator=generator) for _ in range(3))
     q = p * torch.tensor([1.0, -1.0, math.nan])
-    new_x, new_r, _, curvature, rr = host.cuda_cg_update(x, r, p, q, r.double().square().sum(0))
+    new_x, new_r, _, curvature, _ = host.cuda_cg_update(x, r, p, q, r.double().square().sum(0))
     assert curvature[0] > 0 > curvature[1] and curvature[2].isnan()
     assert torch.equal(new_x[:, 1:], x[:, 1:]) and torch.equal(new_r[:, 1:], r[:, 1:])
     testing.assert_accurate((new_x[:, :2], new_r[:, :2]), lambda *a: [y[:, :2] for y in ops.cg_update.reference(*a)[:2]],
