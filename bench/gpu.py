@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gpu_cases
+import gpu_operators
 import torch
 from gpu_cases import BACKENDS, DEVICE, REHEARSAL, with_tf32
 from torch import Tensor
@@ -239,10 +240,11 @@ def validate_eigh(report: Report, only: str) -> int:
 
 def measure(report: Report, roof: dict[str, float | None], deadline: float, only: str) -> None:
     """Times of every case, each with the share of its floor: max(flops / ceiling, bytes / bandwidth)."""
-    for make, shapes in gpu_cases.ALL:
-        for shape in shapes:
+    runs = (*gpu_cases.ALL, (gpu_operators.operator_times, gpu_operators.SHAPES))
+    for late in (False, True):  # what torch.compile takes its time for comes last
+        for make, shape in ((make, shape) for make, shapes in runs for shape in shapes):
             for case in make(*shape):
-                if not re.search(only, case.group):
+                if ("compiled" in case.name) != late or not re.search(only, case.group):
                     continue
                 if time.monotonic() > deadline:
                     print("the time is over; the cases after this one are left out")

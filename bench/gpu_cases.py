@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 REHEARSAL = os.environ.get("HVPFAST_GPU_REHEARSAL") == "1"
@@ -15,6 +18,9 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from hvpfast import dispatch  # noqa: E402
+
+sys.path.append(str(Path(__file__).parents[1]))  # after the installed hvpfast: for the other modules of bench
+from bench.cases import FORMULATIONS  # noqa: E402
 
 DEVICE = "cpu" if REHEARSAL else "cuda"
 BACKENDS = ("cpu", "triton") if REHEARSAL else ("triton", "cuda")
@@ -82,6 +88,32 @@ def kernels_of(op: str, group: str, flops: float, size: float, wide: tuple, narr
                 yield Timed(group, f"{backend} {dtype} {precision}", run, flops, moved, ceiling, products)
 
 
+def compiled(
+    group: str, call: Callable[..., object], args: tuple, kwargs: dict, flops: float, size: float
+) -> Iterator[Timed]:
+    """The reference under torch.compile, products in TF32."""
+    if not REHEARSAL:
+        made = torch.compile(call, dynamic=False)
+        run = with_tf32(True, lambda: made(*args, **kwargs))
+        yield Timed(group, "reference compiled tf32", run, flops, size, "tf32")
+
+
+def formulations(op: str, group: str, args: tuple, kwargs: dict, flops: float, size: float) -> Iterator[Timed]:
+    """torch's own ways to an op's result (bench/cases.py), einsum left out: cuBLAS in bf16, TF32 and float32."""
+    narrow, less = _converted(args), {key: _converted(value) for key, value in kwargs.items()}
+    for name, call in FORMULATIONS.get(op, {}).items():
+        if "einsum" in name:
+            continue
+        takes = inspect.signature(call).parameters
+        plain = {key: value for key, value in {"out": None, "dilation": 1}.items() if key in takes}
+        yield Timed(
+            group, f"{name} bf16", lambda call=call, plain=plain: call(*narrow, **plain, **less), flops, size / 2
+        )
+        for tf32, ceiling in ((True, "tf32"), (False, "fp32")):
+            run = with_tf32(tf32, lambda call=call, plain=plain: call(*args, **plain, **kwargs))
+            yield Timed(group, f"{name} {ceiling}", run, flops, size, ceiling)
+
+
 def gram_times(rows: int, width: int) -> Iterator[Timed]:
     group = f"gram N={rows} D={width}"
     x = torch.randn(rows, width, device=DEVICE)
@@ -94,6 +126,7 @@ def gram_times(rows: int, width: int) -> Iterator[Timed]:
         group, "reference bf16", lambda: reference(narrow, out=out, alpha=0.1, beta=0.9), full, size / 2, "fp32"
     )
     blend = {"out": out, "alpha": 0.1, "beta": 0.9}
+    yield from compiled(group, reference, (x,), blend, full, size)
     yield from kernels_of("gram", group, rows * width * (width + 1), size, (x,), (narrow,), **blend)
 
 
@@ -107,6 +140,8 @@ def norms_times(n: int, t: int, i: int, o: int) -> Iterator[Timed]:
     yield Timed(group, "weight gradient, torch.mm bf16", lambda: left.T @ right, 2 * n * t * i * o, size / 2)
     yield Timed(group, "reference bf16", lambda: reference(*narrow), flops, size / 2, "fp32")
     yield Timed(group, "reference fp32", lambda: reference(a, g), flops, size, "fp32")
+    yield from formulations("sample_norms_squared", group, (a, g), {}, flops, size)
+    yield from compiled(group, reference, (a, g), {}, flops, size)
     yield from kernels_of("sample_norms_squared", group, flops, size, (a, g), narrow)
 
 
@@ -121,22 +156,19 @@ def op_times(
 ) -> Iterator[Timed]:
     """An op's reference (eager, TF32, compiled, bf16), then its kernels on float32 and on the same in bf16."""
     reference, flops = dispatch.OPS[op].reference, 2 * products
-    narrow = _converted(args)
+    narrow, less = _converted(args), {key: _converted(value) for key, value in kwargs.items()}
     yield Timed(group, "reference fp32", with_tf32(False, lambda: reference(*args, **kwargs)), flops, size, "fp32")
     yield Timed(group, "reference tf32", with_tf32(True, lambda: reference(*args, **kwargs)), flops, size, "tf32")
-    yield Timed(group, "reference on bf16 data", lambda: reference(*narrow, **kwargs), flops, size / 2, "fp32")
-    if not REHEARSAL:
-        compiled = torch.compile(reference, dynamic=False)
-        yield Timed(
-            group, "reference compiled tf32", with_tf32(True, lambda: compiled(*args, **kwargs)), flops, size, "tf32"
-        )
+    yield Timed(group, "reference on bf16 data", lambda: reference(*narrow, **less), flops, size / 2, "fp32")
+    yield from formulations(op, group, args, kwargs, flops, size)
+    yield from compiled(group, reference, args, kwargs, flops, size)
     for backend in BACKENDS:
         for precision, times in modes:
             run = on(op, backend, precision, *args, **kwargs)
             if run is not None:
                 ceiling = "fp32" if precision == "ieee" else "bf16"
                 yield Timed(group, f"{backend} fp32 {precision}", run, flops, size, ceiling, times)
-        run = on(op, backend, "auto", *narrow, **kwargs)
+        run = on(op, backend, "auto", *narrow, **less)
         if run is not None:
             yield Timed(group, f"{backend} bf16 auto", run, flops, size / 2, "bf16", 1)
 
@@ -153,9 +185,9 @@ def pair_times(op: str, n: int, t: int, i: int, o: int) -> Iterator[Timed]:
     products, size = n * t * i * o, 4 * (a.numel() + g.numel() + i * o)
     args, modes = (a, g), _STATISTIC
     if op == "sample_dots":
-        args, modes = (a, g, torch.randn(o, i, device=DEVICE)), _OPERATOR
+        args, modes = (a, g, torch.randn(1, o, i, device=DEVICE)), _CHAIN
     elif op == "weighted_grad":
-        args, modes = (a, g, torch.randn(n, device=DEVICE)), _OPERATOR
+        args, modes = (a, g, torch.randn(n, 1, device=DEVICE)), _OPERATOR
     elif op == "sample_statistics":
         args, size = (a, g, torch.randn(n, device=DEVICE)), size + 4 * i * o
     elif op == "rotated_second_moment":
@@ -170,20 +202,11 @@ def pair_times(op: str, n: int, t: int, i: int, o: int) -> Iterator[Timed]:
 
 
 def rop_times(p: int, i: int, o: int, k: int) -> Iterator[Timed]:
-    """linear_rop, beside cuBLAS's two products with a sum between, in bf16, TF32 and float32."""
+    """linear_rop, beside cuBLAS's two products and their sum."""
     x, w, dx, dw = (torch.randn(*shape, device=DEVICE) for shape in ((p, i), (o, i), (k, p, i), (k, o, i)))
-    group, products, size = f"linear_rop P={p} I={i} O={o} K={k}", 2 * k * p * o * i, 4 * (
-        x.numel() + w.numel() + dx.numel() + dw.numel() + k * p * o
-    )  # fmt: skip
-    narrow = _converted((x, w, dx, dw))
-    yield Timed(group, "torch bf16, bf16 out", lambda: _two_products(*narrow), 2 * products, size / 2)
-    yield Timed(group, "torch tf32", with_tf32(True, lambda: _two_products(x, w, dx, dw)), 2 * products, size, "tf32")
-    yield from op_times("linear_rop", group, (x, w, dx, dw), products, size, _OPERATOR)
-
-
-def _two_products(x: Tensor, w: Tensor, dx: Tensor, dw: Tensor) -> Tensor:
-    """As two reverse passes make it: one product, another, and their sum."""
-    return dx @ w.T + x @ dw.mT
+    group, products = f"linear_rop P={p} I={i} O={o} K={k}", 2 * k * p * o * i
+    db, size = torch.randn(k, o, device=DEVICE), 4 * (x.numel() + w.numel() + dx.numel() + dw.numel() + k * p * o)
+    yield from op_times("linear_rop", group, (x, w, dx, dw), products, size, _OPERATOR, db=db)
 
 
 def conv_times(n: int, c: int, side: int, kernel: int, stride: int, groups: int) -> Iterator[Timed]:
@@ -207,7 +230,8 @@ def softmax_times(rows: int, classes: int, columns: int) -> Iterator[Timed]:
     size = 4 * (logits.numel() + 2 * v.numel())
     modes = (("auto", 1),)
     group = f"softmax_hvp rows={rows} C={classes} K={columns}"
-    yield from op_times("softmax_hvp", group, (logits, v), 3 * v.numel(), size, modes)
+    weight = torch.ones(rows, device=DEVICE)
+    yield from op_times("softmax_hvp", group, (logits, v), 3 * v.numel(), size, modes, weight=weight)
     yield from op_times("softmax_root", group.replace("hvp", "root"), (logits, v), 3 * v.numel(), size, modes)
     u = torch.rand(columns, rows, device=DEVICE)
     size = 4 * (logits.numel() + v.numel())
@@ -236,6 +260,7 @@ def krylov_times(count: int, length: int) -> Iterator[Timed]:
     reference = dispatch.OPS["reorthogonalize"].reference
     group, flops, size = f"reorthogonalize k={count} n={length}", 8 * count * length, 4 * length * (3 * count + 4)
     yield Timed(group, "reference fp32", lambda: reference(w, basis), flops, size, "fp32")
+    yield from compiled(group, reference, (w, basis), {}, flops, size)
     for backend in BACKENDS:
         run = on("reorthogonalize", backend, "auto", w, basis)
         if run is not None:
@@ -249,6 +274,7 @@ def cg_times(tensors: int, length: int) -> Iterator[Timed]:
     group, flops, size = f"cg_update {tensors} tensors n={length}", 10 * elements, 4 * 11 * elements
     reference = dispatch.OPS["cg_update"].reference
     yield Timed(group, "reference fp32", lambda: reference(x, r, p, q, rz, inplace=True), flops, size, "fp32")
+    yield from compiled(group, reference, (x, r, p, q, rz), {"inplace": True}, flops, size)
     yield Timed(group, "torch._foreach fp32", lambda: _cg_by_foreach(x, r, p, q, rz), flops, size, "fp32")
     for backend in BACKENDS:
         run = on("cg_update", backend, "auto", x, r, p, q, rz, inplace=True)

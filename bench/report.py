@@ -1,4 +1,5 @@
-"""Turns a pytest-benchmark JSON into markdown tables: `python -m bench.report FILE.json [--all] [--suite NAME]`.
+"""Turns a pytest-benchmark JSON, or that of a GPU run, into markdown tables: `python -m bench.report FILE.json [--all]
+[--suite NAME] [--roofline FILE.png]`.
 
 One row a case: the time of ours, how many times faster than the fastest of the others in the same alternating rounds, and
 what the machine's roofline would allow. Absolute times drift between processes; ratios are the result.
@@ -11,6 +12,8 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from bench import gpu_report
 
 COLUMNS = {
     "ops": ("op and shape", "backend", "time", "ratio", "against", "GFLOP/s", "GB/s", "% of roofline", "memory"),
@@ -101,14 +104,30 @@ def report(data: dict, everyone: bool, suite: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report", description="Markdown tables of a benchmark run.")
-    parser.add_argument("file", type=Path, help="what `pytest bench --benchmark-json FILE` wrote")
+    parser.add_argument("file", type=Path, help="what `pytest bench --benchmark-json FILE` or bench/gpu.sh wrote")
     parser.add_argument("--all", action="store_true", help="a row for every contestant, not only for ours")
     parser.add_argument("--suite", choices=tuple(COLUMNS), help="one suite only")
+    parser.add_argument("--roofline", type=Path, metavar="PNG", help="of a GPU run: draw it there")
     args = parser.parse_args(argv)
     try:
         data = json.loads(args.file.read_text())
     except (OSError, json.JSONDecodeError) as error:
         parser.error(f"{args.file}: {error}")
+    if gpu_report.is_gpu_run(data):
+        lines = [
+            gpu_report.heading(data),
+            "",
+            *table(gpu_report.COLUMNS, list(gpu_report.rows(data["times"], args.all))),
+        ]
+        if args.roofline:
+            try:
+                gpu_report.roofline(data, args.roofline)
+            except (ImportError, ValueError, OSError) as error:
+                parser.error(f"--roofline {args.roofline}: {error}")
+        sys.stdout.write("\n".join(lines) + "\n")
+        return 0
+    if args.roofline:
+        parser.error(f"--roofline needs what bench/gpu.sh wrote; {args.file} is of pytest bench")
     if not any("suite" in entry.get("extra_info", {}) for entry in data.get("benchmarks", ())):
         parser.error(f"{args.file} holds no entry of these suites; make it with `pytest bench --benchmark-json FILE`")
     sys.stdout.write(report(data, args.all, args.suite))

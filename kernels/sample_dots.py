@@ -13,14 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tables, tiles
+from . import grouped, tables, tiles
 from .tiles import Tile, cross
 
 # Tiles by product; "-odd" is for data that cannot be loaded 16 bytes at a time. Not yet measured on a GPU.
 TILES: dict[str, Tile] = {
     "exact": Tile(128, 32, 8, 4, 32),
     "exact-odd": Tile(64, 32, 8, 3, 32),
-    "bf16": Tile(64, 16, 8, 3, 64),
     "bf16x3": Tile(64, 16, 8, 3, 64),
     "bf16x6": Tile(64, 16, 8, 3, 64),
     "ieee": Tile(64, 16, 8, 3, 64),
@@ -69,13 +68,14 @@ def worthwhile(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> s
 
 
 def sample_dots(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> Tensor:
-    """See `hvpfast.ops.sample_dots`; `precision` is that of float32 data ("auto" is "bf16x6": as exact as float32)."""
+    """See `hvpfast.ops.sample_dots`; `precision` is that of float32 data ("auto" is "bf16x6": as exact as float32). The others are
+    one step finer than what is asked for: few sums of many products of either sign, of which little may remain."""
     (n, t, i), (m, _, o) = a.shape, g.shape
     directions = w if w.dim() == 3 else w[None]
     if 0 in a.shape or 0 in g.shape or len(directions) == 0:
         result = g.new_zeros(m, len(directions), dtype=torch.float32)
     else:
-        product = tiles.product_of_few(a.dtype, "bf16x6" if precision == "auto" else precision, i)
+        product = tiles.product_of_few(a.dtype, grouped.product(precision), i)
         with tiles.on_device(a):
             flat_a, flat_g = a.reshape(n * t, i), g.reshape(m * t, o)  # views wherever the leading axes allow them
             fits = tiles.vectors(flat_a[None], flat_g[None], directions)

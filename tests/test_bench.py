@@ -71,6 +71,45 @@ def test_the_report_refuses_other_files(tmp_path):
     assert run("-m", "bench.report", tmp_path / "none.json").returncode == 2
 
 
+def test_the_report_of_a_gpu_run(tmp_path):
+    """Ours against the fastest other on such data, shares of floors, failures with their op; a roofline that is a picture."""
+    pytest.importorskip("matplotlib")
+
+    def row(name: str, ms: float, floor: float) -> dict:
+        return {
+            "group": "gram N=8 D=4",
+            "name": name,
+            "flops": 2e12,
+            "bytes": 1e9,
+            "ms": ms,
+            "p20": ms,
+            "p80": ms,
+            "floor_ms": floor,
+        }
+
+    times = [row("torch.mm bf16, bf16 out", 4.0, 2.0), row("torch.mm tf32", 9.0, 4.0), row("reference bf16", 30.0, 4.0)]
+    times += [
+        row("triton bf16 auto", 2.5, 2.0),
+        row("triton fp32 bf16x3", 6.0, 3.0),
+        {"group": "g", "name": "cuda fp32", "failed": "E: x"},
+    ]
+    run_of = {"op": "gram", "backend": "triton", "cases": 3, "failures": ["N=1: off"]}
+    data = {"rehearsal": False, "machine": {"device": "Some GPU"}, "validation": [run_of], "times": times}
+    data["ceilings"] = {"copy": 4e12, "bf16": 7e14, "fp16": 7e14, "tf32": 3e14, "fp32": 5e13}
+    results, picture = tmp_path / "gpu.json", tmp_path / "roofline.png"
+    results.write_text(json.dumps(data))
+    said = run("-m", "bench.report", results, "--roofline", picture).stdout
+    assert "Some GPU" in said and "3 cases in 1 rows, 1 failures" in said and "- gram on triton: N=1: off" in said
+    assert "| gram N=8 D=4 | triton bf16 auto | 2.5 | 2.5 to 2.5 | 80 % | 1.60x |" in said
+    assert "| gram N=8 D=4 | triton fp32 bf16x3 | 6 | 6 to 6 | 50 % | 1.50x |" in said
+    assert "E: x" in said and "torch.mm" not in said
+    assert "| torch.mm tf32 | 9 |" in run("-m", "bench.report", results, "--all").stdout
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    results.write_text(json.dumps(data | {"rehearsal": True, "times": []}))
+    refused = run("-m", "bench.report", results, "--roofline", picture)
+    assert refused.returncode == 2 and "has no times" in refused.stderr
+
+
 @pytest.mark.parametrize("only", ["softmax_hvp", "kron_apply"])
 def test_the_gpu_run_is_rehearsed(only):
     """Validation and times of a kernel go through on the CPU; bench/gpu.sh with HVPFAST_GPU_REHEARSAL=1 rehearses all."""

@@ -92,3 +92,12 @@ def test_they_say_what_they_cannot_do():
     assert "cuBLAS" in sample_gram.worthwhile(large, large, precision="ieee")
     assert sample_gram.worthwhile(large, large, precision="auto") is None
     assert tiles.product_of_few(torch.float32, "auto", 31) == "bf16x6"
+
+
+@pytest.mark.parametrize("precision", ["bf16x3", "bf16"])
+def test_dots_keep_their_bound_where_the_sum_over_positions_cancels(precision):
+    """A handful of sums of many products of either sign, smaller than the products' errors let one hope."""
+    for seed in range(4):
+        (a, g, w), _ = testing.make_inputs("sample_dots", n=3, t=40, i=70, o=66, device=DEVICE, seed=seed)
+        result = sample_dots.sample_dots(a, g, w, precision=precision)
+        testing.assert_accurate(result, ops.sample_dots, a, g, w, precision=precision)
