@@ -249,6 +249,8 @@ def supports(
     if tiles.shares_memory(out, x):
         return "out shares memory with x, which the kernel still reads when it writes out"
     reason = tiles.unfit(x)
+    if reason is None and groups > tiles.MOST_PROGRAMS:
+        reason = f"it has {groups} groups; a launch takes {tiles.MOST_PROGRAMS}"
     if (
         reason is None
         and x.shape[0] * convolution(x.shape, kernel_size, stride, padding, dilation, groups)[2] >= 1 << 31

@@ -71,7 +71,7 @@ def supports(
     x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, *, db: Tensor | None = None, precision: str = "ieee"
 ) -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(x)
+    return tiles.unfit(x, w)
 
 
 def worthwhile(

@@ -160,6 +160,10 @@ def by_samples(
     Writes what it is given: squares (O, I), weighted (D, O, I); returns the squared norms (M,) if asked for.
     """
     (m, t, o), (n, _, i) = g.shape, a.shape
+    if weighted is not None and len(weighted) > tiles.MOST_PROGRAMS:
+        for some in tiles.columns(len(weighted)):  # sums of a column each, which nothing else is asked for beside
+            by_samples(a, g, c[:, some], product, weighted=weighted[some], tile=tile, splits=splits)
+        return None
     if tile is None:
         alone = (squares is None) + (weighted is None) + (
             not norms
@@ -207,6 +211,10 @@ def by_rows(
     """One product over the rows of a (N, T, I), g (M, T, O), none of them empty: out (D, O, I) of the gradients weighted by
     c (M, D), or (T = 1 only) out (1, O, I) of their squares where c is None."""
     (m, t, o), (n, _, i) = g.shape, a.shape
+    if len(out) > tiles.MOST_PROGRAMS:
+        for some in tiles.columns(len(out)):
+            by_rows(a, g, c[:, some], out[some], product, tile=tile, splits=splits)
+        return
     if tile is None:
         wide = m == n and min(o, i) >= WIDE and tiles.vectors(a, g)
         key = f"{product}-one" if wide and ("rows", f"{product}-one") in TILES else product

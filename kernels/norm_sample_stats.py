@@ -104,7 +104,7 @@ def supports(
     x: Tensor, g: Tensor, *, kind=None, eps=0.0, mean=None, rstd=None, precision: str = "ieee"
 ) -> str | None:  # fmt: skip
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(x)
+    return tiles.unfit(x, g)
 
 
 def norm_sample_stats(
@@ -154,7 +154,7 @@ def launch(
             max(triton.cdiv(steps, MOST_STEPS), min(steps // 4, wanted // (tiles_i * m)), 1),
         )
     ranges_t = triton.cdiv(steps, triton.cdiv(steps, splits[1]))
-    ranges_m = m if ranges_t > 1 else splits[0]
+    ranges_m = min(m, tiles.MOST_PROGRAMS) if ranges_t > 1 else splits[0]
     g = tiles.within_32_bits(g, (1, positions), (2, features))
     x = x if x is None else tiles.within_32_bits(x, (1, positions), (2, features))
     one = g if x is None else x

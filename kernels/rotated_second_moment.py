@@ -18,7 +18,7 @@ def supports(
     a: Tensor, g: Tensor, qa: Tensor, qg: Tensor, *, out: Tensor | None = None, precision: str = "ieee"
 ) -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(a)  # out is written when all of them have been read
+    return tiles.unfit(a, g)  # out is written when all of them have been read
 
 
 def worthwhile(

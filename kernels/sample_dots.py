@@ -28,12 +28,12 @@ TILES: dict[str, Tile] = {
 
 @triton.jit
 def _dots_kernel(
-    a_ptr, g_ptr, w_ptr, part_ptr, rows, k_all, tiles_o, i_all, o_all, columns,
+    a_ptr, g_ptr, w_ptr, part_ptr, rows, k_all, tiles_o, tiles_all, i_all, o_all, columns,
     stride_ap, stride_ai, stride_gp, stride_go, stride_wd, stride_wo, stride_wi,
     PRECISION: tl.constexpr, EVEN: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """SIDE rows p of a, SIDE features o, one direction d: sum_o g[k, p, o] (w_d a_p)_o into part (tiles of O, K, rows, D)."""
-    tile, d = tl.program_id(0), tl.program_id(1)
+    tile, d = tl.program_id(0) % tiles_all, tl.program_id(0) // tiles_all
     p_start, o_start = (tile // tiles_o) * SIDE, (tile % tiles_o) * SIDE
     lane, f = tl.arange(0, SIDE)[None, :], tl.arange(0, DEPTH)[:, None]
     image = cross(
@@ -54,7 +54,7 @@ def _dots_kernel(
 
 def supports(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(a)
+    return tiles.unfit(a, g)
 
 
 def worthwhile(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> str | None:
@@ -68,8 +68,8 @@ def worthwhile(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> s
 
 
 def sample_dots(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> Tensor:
-    """See `hvpfast.ops.sample_dots`; `precision` is that of float32 data ("auto" is "bf16x6": as exact as float32). The others are
-    one step finer than what is asked for: few sums of many products of either sign, of which little may remain."""
+    """See `hvpfast.ops.sample_dots`; `precision` is that of float32 data ("auto" is "bf16x6": as exact as float32). The others
+    are one step finer than what is asked for: few sums of many products of either sign, of which little may remain."""
     (n, t, i), (m, _, o) = a.shape, g.shape
     directions = w if w.dim() == 3 else w[None]
     if 0 in a.shape or 0 in g.shape or len(directions) == 0:
@@ -90,9 +90,10 @@ def launch(a: Tensor, g: Tensor, w: Tensor, product: str, tile: Tile) -> Tensor:
     a = tiles.within_32_bits(a, (0, side), (1, tile.depth))
     w = tiles.within_32_bits(w, (1, side), (2, tile.depth))
     tiles_o = triton.cdiv(o, side)
+    tiles_all = triton.cdiv(rows, side) * tiles_o
     part = g.new_empty(tiles_o, len(g), len(w), dtype=torch.float32)
-    _dots_kernel[triton.cdiv(rows, side) * tiles_o, len(w)](
-        a, g, w, part, rows, len(g) // rows, tiles_o, i, o, len(w), *a.stride(), *g.stride(), *w.stride(),
+    _dots_kernel[(tiles_all * len(w),)](
+        a, g, w, part, rows, len(g) // rows, tiles_o, tiles_all, i, o, len(w), *a.stride(), *g.stride(), *w.stride(),
         PRECISION=product, EVEN=rows % side == 0 and o % side == 0 and i % tile.depth == 0, SIDE=side, DEPTH=tile.depth,
         CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -82,7 +82,12 @@ def supports(
     a: Tensor, g: Tensor, a2: Tensor | None = None, g2: Tensor | None = None, *, precision: str = "ieee"
 ) -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(a)
+    pairs = (a, g) if a2 is None else (a, g, a2, g2)
+    if _by_pairs(g.shape[1], pairs[-1].shape[1], a.shape[2], g.shape[2]) and any(x.numel() >= 1 << 31 for x in pairs):
+        return (
+            "the samples' features are 2^31 or more, whose places it counts in 32 bits; give it fewer samples at once"
+        )
+    return tiles.unfit(*pairs)
 
 
 def worthwhile(
@@ -110,7 +115,7 @@ def sample_gram(
     if 0 in (*a.shape, *g.shape, *a2.shape, *g2.shape):
         return out.zero_()
     with tiles.on_device(a):
-        if (t * t2 * (i + o) < i * o and max(t, t2) <= 64) or t == t2 == 1:
+        if _by_pairs(t, t2, i, o):
             product = (
                 "ieee" if a.dtype is torch.float32 and min(i, o) < tiles.FEW else tiles.product(a.dtype, precision)
             )
@@ -121,6 +126,10 @@ def sample_gram(
         else:
             by_gradients(a, g, a2, g2, out, symmetric, precision)
     return out
+
+
+def _by_pairs(t: int, t2: int, i: int, o: int) -> bool:
+    return (t * t2 * (i + o) < i * o and max(t, t2) <= 64) or t == t2 == 1
 
 
 def launch_pairs(

@@ -124,7 +124,7 @@ def choose_tile(a: Tensor, g: Tensor, route: str, product: str) -> Tile:
 
 def supports(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(a)
+    return tiles.unfit(a, g)
 
 
 def worthwhile(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
@@ -174,7 +174,7 @@ def launch_gram(a: Tensor, g: Tensor, product: str, tile: Tile) -> Tensor:
     across = triton.cdiv(t, side)
     in_triangle = across * (across + 1) // 2
     # Rows of g with one input share its products, unless the programs are then too few to fill the GPU twice.
-    k_each = k if n * in_triangle >= 2 * tiles.facts(a.device).processors else 1
+    k_each = k if n * in_triangle >= 2 * tiles.facts(a.device).processors else triton.cdiv(k, tiles.MOST_PROGRAMS)
     a, g = (tiles.within_32_bits(x, (1, side), (2, tile.depth)) for x in (a, g))
     part = g.new_empty(len(g), in_triangle, dtype=torch.float32)
     _gram_kernel[n * in_triangle, triton.cdiv(k, k_each)](

@@ -14,7 +14,7 @@ from . import moments, sample_norms_squared, tables, tiles
 
 def supports(a: Tensor, g: Tensor, c: Tensor | None = None, *, precision: str = "ieee") -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(a)
+    return tiles.unfit(a, g)
 
 
 def worthwhile(a: Tensor, g: Tensor, c: Tensor | None = None, *, precision: str = "ieee") -> str | None:

@@ -15,7 +15,7 @@ def supports(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: str 
     """Why this kernel cannot take the arguments, or None."""
     if tiles.shares_memory(out, a, g):
         return "out shares memory with a or g, which the kernel still reads when it writes out"
-    return tiles.unfit(a)
+    return tiles.unfit(a, g)
 
 
 def worthwhile(a: Tensor, g: Tensor, *, out: Tensor | None = None, precision: str = "ieee") -> str | None:

@@ -140,7 +140,7 @@ def _wide_kernel(
 
 def supports(logits: Tensor, v: Tensor, *, weight: Tensor | None = None, precision: str = "ieee") -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(logits)
+    return tiles.unfit(logits, v)
 
 
 def worthwhile(logits: Tensor, v: Tensor, *, weight: Tensor | None = None, precision: str = "ieee") -> str | None:
@@ -184,7 +184,8 @@ def launch(
         block = max(16, triton.next_power_of_2(classes))
         together = max(1, ELEMENTS // block)
         programs = triton.cdiv(rows, together)
-        k_each = columns if programs >= 2 * processors else 1  # few rows: a program for each vector
+        few = programs < 2 * processors  # then a program for each vector
+        k_each = triton.cdiv(columns, tiles.MOST_PROGRAMS) if few else columns
         _rows_kernel[programs, triton.cdiv(columns, k_each)](
             x, v, weight, out, rows, classes, columns, k_each, *strides,
             KIND=kind, WEIGHTED=weighted, ROWS=together, BLOCK=block, num_warps=4 if block <= 4096 else 8, enable_fp_fusion=True,

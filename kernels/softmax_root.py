@@ -11,7 +11,7 @@ def supports(
     logits: Tensor, v: Tensor, *, weight: Tensor | None = None, transpose: bool = False, precision: str = "ieee"
 ) -> str | None:
     """Why this kernel cannot take the arguments, or None."""
-    return tiles.unfit(logits)
+    return tiles.unfit(logits, v)
 
 
 def softmax_root(

@@ -148,6 +148,8 @@ def triangle(index):
 
 MOST_SPLITS = 64
 FEW = 32
+MOST_PROGRAMS = 65535  # of the second and third axes of a grid
+_MOST_ROWS = (1 << 31) - (1 << 16)  # so that a tile past the end is still counted in 32 bits
 
 
 class Tile(NamedTuple):
@@ -208,8 +210,11 @@ def product_of_few(dtype: torch.dtype, precision: str, terms: int) -> str:
     return _FINER.get(name, name) if terms < FEW else name
 
 
-def unfit(x: Tensor) -> str | None:
-    """Why no Triton kernel here can take a tensor of this dtype and device, or None."""
+def unfit(*given: Tensor) -> str | None:
+    """Why no Triton kernel here can take tensors of this dtype, device and count of rows (all axes but the last), or None."""
+    x = given[0]
+    if any(y.numel() and y.shape[:-1].numel() >= _MOST_ROWS for y in given):
+        return "it has 2^31 rows or nearly so, which its Triton kernel counts in 32 bits; give it fewer at once"
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"its Triton kernel sums in float32, which {x.dtype} does not fit"
     if x.is_cuda:
@@ -218,6 +223,11 @@ def unfit(x: Tensor) -> str | None:
     elif not INTERPRETED.value:
         return f"the tensors are on {x.device.type}; only TRITON_INTERPRET=1 runs Triton kernels there"
     return None
+
+
+def columns(count: int) -> list[slice]:
+    """Ranges of as many columns as the second and third axes of a grid take."""
+    return [slice(first, first + MOST_PROGRAMS) for first in range(0, count, MOST_PROGRAMS)]
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager:

@@ -107,6 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1)
             }
         }
         products_wait<0>();
+        products_done(sum);
         if (lane % 32 == 0) barrier_arrive(empty + 8 * ((end - 1) % Ring::stages));
 #pragma unroll
         for (int e = 0; e < 64; ++e) total[e] += sum[e];

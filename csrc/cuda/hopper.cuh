@@ -105,6 +105,13 @@ __device__ void products_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
 }
 
+// A sum's registers belong to the products under way until these are waited for: no arithmetic on them may move ahead of the
+// wait, of which the compiler knows nothing.
+inline __device__ void products_done(float (&d)[64]) {
+#pragma unroll
+    for (int e = 0; e < 64; ++e) asm volatile("" : "+f"(d[e])::"memory");
+}
+
 // The type of the operands is a part of the instruction's name: a literal, in the one place that differs.
 #define HVPFAST_WGMMA(TYPE) \
     asm volatile( \

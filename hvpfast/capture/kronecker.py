@@ -15,6 +15,7 @@ from torch import Tensor
 from hvpfast import ops
 from hvpfast.capture.layers import Image, Normal
 from hvpfast.capture.lookups import LookupSite
+from hvpfast.ops.shared import add_rows
 from hvpfast.patches import geometry, patches
 
 _CHUNK = 1 << 20  # elements of the patches of one chunk, as in `sites.PatchSite`
@@ -205,9 +206,9 @@ def add_input_squares(
             keys = indices + v * torch.arange(indices.shape[0], device=indices.device).unsqueeze(1)
             distinct, place = keys.reshape(-1).unique(return_inverse=True)
             shares = w.sqrt().reshape(-1) / indices.shape[1]
-            w = w.new_zeros(distinct.numel()).index_add_(0, place, shares).square()
+            w = add_rows(w.new_zeros(distinct.numel()), place, shares).square()
             indices = distinct % v
-        total[0].index_add_(0, indices.reshape(-1), w.reshape(-1) * alpha)
+        add_rows(total[0], indices.reshape(-1), w.reshape(-1) * alpha)
         return
     for part in _chunks([normal], samples):
         total.add_(input_rows(normal, approx, weight, ones, weights, part).square().sum(1), alpha=alpha)

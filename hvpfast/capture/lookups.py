@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvpfast import ops
 from hvpfast.capture.site import Site, widened
+from hvpfast.ops.shared import add_rows
 
 if TYPE_CHECKING:
     from hvpfast.capture.sites import LinearSite
@@ -39,7 +40,7 @@ class LookupSite(Site):
         v, d = self.shape
         keys = self._indices() + v * torch.arange(self.rows, device=self.g.device).unsqueeze(1)
         distinct, place = keys.reshape(-1).unique(return_inverse=True)
-        return distinct, self._g.new_zeros(distinct.numel(), d).index_add_(0, place, self._g.reshape(-1, d))
+        return distinct, add_rows(self._g.new_zeros(distinct.numel(), d), place, self._g.reshape(-1, d))
 
     def sample_grads(self, out: Tensor | None = None) -> Tensor:
         v, d = self.shape
@@ -57,7 +58,7 @@ class LookupSite(Site):
     def weighted(self, c: Tensor) -> Tensor:
         v, d = self.shape
         scaled = torch.einsum("mk,mtd->mtkd", c.to(self._g.dtype), self._g).reshape(-1, c.shape[1], d)
-        sums = scaled.new_zeros(v, c.shape[1], d).index_add_(0, self._indices().reshape(-1), scaled)
+        sums = add_rows(scaled.new_zeros(v, c.shape[1], d), self._indices().reshape(-1), scaled)
         return sums.movedim(1, 0)
 
     def second_moment(self) -> Tensor:
@@ -93,7 +94,7 @@ class TiedSite(Site):
     def norms_squared(self) -> Tensor:
         keys, ours, theirs = self._common()
         total = self.lookup.norms_squared() + self.linear.norms_squared()
-        return total.index_add_(0, keys // self.shape[0], 2 * (ours * theirs).sum(1))
+        return add_rows(total, keys // self.shape[0], 2 * (ours * theirs).sum(1))
 
     def dots(self, w: Tensor) -> Tensor:
         return self.lookup.dots(w) + self.linear.dots(w)
@@ -104,5 +105,5 @@ class TiedSite(Site):
     def second_moment(self) -> Tensor:
         keys, ours, theirs = self._common()
         moment = self.linear.second_moment()
-        moment.index_add_(0, keys % self.shape[0], ours.mul_(ours + 2 * theirs))
+        add_rows(moment, keys % self.shape[0], ours.mul_(ours + 2 * theirs))
         return moment.clamp_(min=0)  # (ours + theirs)^2 - theirs^2 was added: rounding may leave less than nothing

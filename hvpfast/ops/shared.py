@@ -30,6 +30,14 @@ def pair(name: str, a: Tensor, g: Tensor) -> None:
         raise ValueError(f"{name}: a has T = {t} positions but g has {positions}; they must be the same")
 
 
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """total (V, ...) with rows (R, ...) added in place at `index` (R,), the same bits every time: on GPUs index_add_ adds in
+    whatever order, and index_put_ sorts first."""
+    if total.is_cpu:
+        return total.index_add_(0, index, rows)
+    return total.index_put_((index,), rows, accumulate=True)
+
+
 def columns(a: Tensor, g: Tensor) -> int:
     """K: how many gradient rows pair with each input row."""
     return g.shape[0] // a.shape[0] if a.shape[0] else 1

@@ -5,10 +5,12 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from truths import own_gradients, relative
 from zoo import LOSSES, MODELS, make
 
 import hvpfast as hf
+from hvpfast.ops.shared import add_rows
 
 PAIRS = [(model, "cross entropy") for model in MODELS] + [("mlp", loss) for loss in LOSSES if loss != "cross entropy"]
 PAIRS += [("cnn, groups and dilation", "all options"), ("called twice", "mse, sum")]
@@ -382,3 +384,22 @@ def test_gated_recurrent_units(positions):
     assert relative(hf.per_sample_grad_norms(model, nn.CrossEntropyLoss(), (x, y)), truth.norm(dim=1)) < 1e-12
     moment = hf.grad_second_moment(model, nn.CrossEntropyLoss(), (x, y))
     assert relative(torch.cat([m.reshape(-1) for m in moment.values()]), truth.square().sum(0)) < 1e-12
+
+
+def test_sums_at_repeated_rows_are_sorted_first_where_a_device_adds_in_any_order():
+    index, rows = torch.tensor([2, 0, 2, 2]), torch.randn(4, 3, dtype=torch.float64)
+    expected = torch.zeros(5, 3, dtype=torch.float64)
+    for place, row in zip(index.tolist(), rows, strict=True):
+        expected[place] += row
+    torch.testing.assert_close(add_rows(torch.zeros(5, 3, dtype=torch.float64), index, rows), expected)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        add_rows(torch.zeros(5, 3, device="meta"), index.to("meta"), rows.float().to("meta"))
+    assert any("index_put" in name for name in seen) and not any("index_add" in name for name in seen)
+    torch.testing.assert_close(torch.zeros_like(expected).index_put_((index,), rows, accumulate=True), expected)
