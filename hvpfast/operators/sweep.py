@@ -54,6 +54,9 @@ class Run:
         self.weight = 1.0 if problem.loss.reduction == "sum" else evaluated.weight
         tensors = list(problem.params.values())
         self._covered = tape.covered(self._output, tensors, n, folded=not sweep.by_sample)
+        if sweep.covered:  # a layer that had no rule in the first batch has none in the others: of one sample any has
+            self._covered = [own and before for own, before in zip(self._covered, sweep.covered, strict=True)]
+        sweep.covered = self._covered
         self.units = units_of(tape, problem.space.names, tensors, self._covered)
         self._last = last_calls(tape, self._output)
         self._terms_of_the_loss(evaluated.batch)
@@ -309,10 +312,11 @@ class Sweep:
         self.problem, self.fisher_type, self.mc_samples, self.seed = problem, fisher_type, mc_samples, seed
         self.by_sample = by_sample
         self.units: list[Unit] = []
+        self.covered: list[bool] = []  # for each parameter, whether rules have had it in every batch so far
 
     def __iter__(self) -> Iterator[Run]:
         """Batch by batch, within which the model's state is preserved."""
-        problem, units = self.problem, None
+        problem, units, self.covered = self.problem, None, []
         problem.check_state()
         with preserved(problem.model):
             for batch in problem.data:

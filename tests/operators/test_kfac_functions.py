@@ -303,6 +303,30 @@ def test_a_model_that_changes_from_batch_to_batch():
         hf.KFAC(model, F.cross_entropy, [(x[:2], y[:2]), (x[2:], y[2:])], params=list(model.used.parameters())).trace()
 
 
+class TimeFirst(nn.Module):
+    """(N, T, 4), with a layer over (T, N, 4)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(x.transpose(0, 1))).transpose(0, 1).mean(1))
+
+
+@pytest.mark.parametrize("kind, approx", [(hf.EKFAC, "expand"), (hf.KFAC, "reduce")])
+def test_a_last_batch_of_one_sample_with_time_first(kind, approx):
+    """(1, 1) rows look like a batch of one, which in the first batch they were not."""
+    model, x, y = TimeFirst(), torch.randn(7, 1, 4), torch.arange(7) % 3
+    found = []
+    for cut in ([4, 3], [6, 1], [3, 3, 1]):
+        data = list(zip(x.split(cut), y.split(cut), strict=True))
+        found.append(kind(model, F.cross_entropy, data, fisher_type="type-2", kfac_approx=approx).to_dense())
+    assert relative(found[1], found[0]) < TOLERANCE and relative(found[2], found[0]) < TOLERANCE
+    inner = hf.GGN(model, F.cross_entropy, (x, y), params=["inner.weight", "inner.bias"]).to_dense()
+    assert relative(found[0][:25, :25], inner) < TOLERANCE  # by autograd, so exact
+
+
 def test_loaders_that_shuffle_between_the_passes():
     case = make("mlp")
     data = torch.utils.data.TensorDataset(case.inputs, torch.arange(6) % 3)
