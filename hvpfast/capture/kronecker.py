@@ -19,6 +19,7 @@ from hvpfast.ops.shared import add_rows
 from hvpfast.patches import geometry, patches
 
 _CHUNK = 1 << 20  # elements of the patches of one chunk, as in `sites.PatchSite`
+_MANY = 1 << 23  # numbers of rotated rows from which they are made a few samples at a time
 
 
 def _chunks(normals: Sequence[Normal], samples: int) -> Iterator[slice]:
@@ -266,7 +267,7 @@ def add_rotated_moment(
         total[0].add_(moment.T, alpha=alpha)
         return
     grads = [normal.grads(grad).to(total.dtype) for normal, grad in uses]  # (B, N, T, O)
-    for part in _chunks([normal for normal, _ in uses], samples):
+    for part in _chunks([normal for normal, _ in uses], samples) if uses[0][0].patches else _few(total, grads, samples):
         a = _beside([_features(normal, weight, part) for normal, _ in uses])
         g = _beside([one[:, part] for one in grads])
         if apart:
@@ -274,6 +275,16 @@ def add_rotated_moment(
         for b, out in enumerate(total):
             q, p = (None if qa is None else qa[b]), (None if qg is None else qg[b])
             _add_moment(out, a[b], g[b], q, p, ones, alpha)
+
+
+def _few(total: Tensor, grads: Sequence[Tensor], samples: int) -> Iterator[slice]:
+    """Ranges of samples whose rotated rows hold several times as many numbers as the total; all of them where those are
+    few enough for malloc to have room for (measured, 2026-11-21: 7% less time for 8192 rows of 1024, none saved for 2048)."""
+    o, i = total.shape[1:]
+    each = sum(g.shape[2] for g in grads) * (i + o)
+    step = max(1, samples if samples * each <= _MANY else max(_CHUNK, 4 * o * i) // each)
+    for start in range(0, samples, step):
+        yield slice(start, min(start + step, samples))
 
 
 def _beside(parts: Sequence[Tensor]) -> Tensor:

@@ -336,7 +336,10 @@ class KFACPreconditioner:
             nu = (limit / (lr * lr * total)).sqrt().clamp(max=1.0)
         for (grads, parts, _), good in zip(results, fine.unbind(), strict=True):
             for grad, part in zip(grads, parts, strict=True):
-                torch.where(good, (part * nu).to(grad.dtype), grad, out=grad)
+                if not good.is_cpu:
+                    torch.where(good, (part * nu).to(grad.dtype), grad, out=grad)
+                elif bool(good):
+                    torch.mul(part, nu, out=grad) if part.dtype is grad.dtype else grad.copy_(part * nu)
         self._count(1, list(fine.unbind()))
 
     def _name_the_plain(self) -> None:

@@ -12,6 +12,7 @@ from truths import relative
 from zoo import make, unequal
 
 import hvpfast as hf
+from hvpfast.capture import kronecker
 
 TOLERANCE = 1e-9
 MODELS = ("mlp", "cnn, groups and dilation", "attention", "batchnorm in eval", "recurrent", "tied")
@@ -167,6 +168,15 @@ def test_ekfac_of_one_batch_runs_the_model_once(name, fisher_type):
     assert once._held is None and once.factors.keys() == twice.factors.keys()
     assert len(runs) - before == before - 1  # rows by autograd run the model for themselves
     handle.remove()
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "recurrent", "tied"])
+def test_rotated_moments_a_few_samples_at_a_time(name, monkeypatch):
+    whole = operator(hf.EKFAC, name).to_dense()
+    monkeypatch.setattr(kronecker, "_MANY", 0)
+    for chunk in (1, 400):
+        monkeypatch.setattr(kronecker, "_CHUNK", chunk)
+        assert relative(operator(hf.EKFAC, name).to_dense(), whole) < TOLERANCE
 
 
 def test_ekfac_that_fails_between_its_passes_lets_the_graph_go(monkeypatch):
