@@ -35,7 +35,10 @@ def _joined(result) -> torch.Tensor:
 def compete(row: Row, device: str, pace):
     op = dispatch.OPS[row.op]
     args, kwargs = inputs(row, device)
-    before = {key: x.clone() if key == "out" else x for key, x in kwargs.items()}
+    # Of gigabytes of gradients the first and the last samples are held against float64, which would need several times that.
+    few = torch.tensor([0, 1, 2, -3, -2, -1]) if row.op == "sample_grads" and row.n * row.i * row.o > 1 << 27 else None
+    checked = args if few is None else tuple(x[few] for x in args)
+    before = {key: (x.clone() if few is None else x[few]) if key == "out" else x for key, x in kwargs.items()}
 
     def ours(name: str):
         _, backend, *rest = name.split()
@@ -53,11 +56,12 @@ def compete(row: Row, device: str, pace):
         return call
 
     def check(name: str, result) -> None:
+        result = result if few is None else result[few]
         precision = name.rpartition(" ")[2] if name.startswith("hvpfast") else "ieee"
         if name.startswith("hvpfast"):
-            assert_accurate(result, op, *args, precision=precision, **before)
+            assert_accurate(result, op, *checked, precision=precision, **before)
         elif name != "reference":  # a formulation may round its result to 16 bit; it must still be the same quantity
-            truth, result = _joined(op.reference(*args, **before)).double(), _joined(result)
+            truth, result = _joined(op.reference(*checked, **before)).double(), _joined(result)
             error = float((result.double().reshape(truth.shape) - truth).norm() / truth.norm())
             assert error <= 1e-5 + 4 * torch.finfo(row.dtype).eps, f"relative error {error:.1e}"
 
