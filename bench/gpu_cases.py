@@ -265,6 +265,13 @@ def krylov_times(count: int, length: int) -> Iterator[Timed]:
         run = on("reorthogonalize", backend, "auto", w, basis)
         if run is not None:
             yield Timed(group, f"{backend} fp32", run, flops, size, "fp32")
+        lists = (
+            list(w.chunk(100)),
+            list(basis.chunk(100, 1)),
+        )  # as a model's parameters lie, but for their memory's gaps
+        run = on("reorthogonalize", backend, "auto", *lists)
+        if run is not None:
+            yield Timed(group, f"{backend} fp32, {len(lists[0])} tensors", run, flops, size, "fp32")
 
 
 def cg_times(tensors: int, length: int) -> Iterator[Timed]:

@@ -101,10 +101,22 @@ def _cuda_splits(tiles: int, rows: int, most: int) -> int:
 _BLOCKS = 2  # a processor: their chunks of up to 190 rows stay in the L2 cache of an H100 from one read to the next
 
 
+def _each(*given):
+    """The arguments tensor by tensor, be they tensors or lists."""
+    return [given] if isinstance(given[0], torch.Tensor) else list(zip(*given, strict=True))
+
+
 def cuda_reorthogonalize_supports(w, basis, *, normalize=False, precision="auto") -> str | None:
-    if w.dtype not in _DTYPES:
-        return f"w is {w.dtype}; the kernel reads float64, float32, bfloat16 and float16"
-    return _device_reason("w", w)
+    parts = _each(w, basis)
+    for one, _ in parts:
+        if one.dtype not in _DTYPES:
+            return f"w is {one.dtype}; the kernel reads float64, float32, bfloat16 and float16"
+        reason = _device_reason("w", one)
+        if reason is not None:
+            return reason
+    if len({(one.device, one.dtype) for one, _ in parts}) != 1:
+        return "w is of several dtypes, on several devices, or of no tensors; one launch takes one of each"
+    return None
 
 
 def cuda_reorthogonalize_worthwhile(w, basis, *, normalize=False, precision="auto") -> str | None:
@@ -114,30 +126,35 @@ def cuda_reorthogonalize_worthwhile(w, basis, *, normalize=False, precision="aut
 def cuda_reorthogonalize(w, basis, *, normalize=False, precision="auto"):
     """See `hvpfast.ops.reorthogonalize`. Every sum is float64, under every precision and for every dtype.
 
-    Six launches (seven to normalise, two or three for an empty basis), the basis read three times; no wait, and nothing
-    that a CUDA graph cannot hold: the three results and the workspace come from torch's allocator.
+    Six launches for up to 40 tensors (seven to normalise, two or three for an empty basis; for every 40 more three or four),
+    the basis read three times; no wait, and nothing that a CUDA graph cannot hold: the results and the workspace come from
+    torch's allocator.
     """
-    module = _load("cuda")
-    (count, length), double = basis.shape, torch.float64
-    rest = w.new_empty(length, dtype=double if w.dtype is double else torch.float32)
-    coefficients, norm = w.new_empty(count, dtype=double), w.new_empty((), dtype=double)
-    blocks = max(1, min(-(-length // module.krylov_chunk()), _BLOCKS * _processors(w.device)))
-    workspace = w.new_empty(module.reorthogonalize_workspace(count, blocks), dtype=double)
+    module, parts, double = _load("cuda"), _each(w, basis), torch.float64
+    first, count = parts[0][0], len(parts[0][1])
+    rests = [one.new_empty(one.shape, dtype=double if one.dtype is double else torch.float32) for one, _ in parts]
+    coefficients, norm = first.new_empty(count, dtype=double), first.new_empty((), dtype=double)
+    flat = [
+        (one.reshape(-1), rows.reshape(count, one.numel())) for one, rows in parts
+    ]  # copies only where no view can be
+    places = [
+        number
+        for (one, rows), rest in zip(flat, rests, strict=True) if one.numel()
+        for number in (one.data_ptr(), one.stride(0), rows.data_ptr(), *rows.stride(), rest.data_ptr(), one.numel())
+    ]  # fmt: skip
+    chunks = sum(-(-one.numel() // module.krylov_chunk()) for one, _ in flat)
+    blocks = max(1, min(chunks, _BLOCKS * _processors(first.device)))
+    workspace = first.new_empty(module.reorthogonalize_workspace(len(places) // 7, count, blocks), dtype=double)
     module.reorthogonalize(
-        w.data_ptr(), _DTYPES[w.dtype], length, *w.stride(), basis.data_ptr(), count, *basis.stride(), rest.data_ptr(),
-        coefficients.data_ptr(), norm.data_ptr(), bool(normalize), workspace.data_ptr(), blocks, *_where(w),
+        places, _DTYPES[first.dtype], count, coefficients.data_ptr(), norm.data_ptr(), bool(normalize),
+        workspace.data_ptr(), blocks, *_where(first),
     )  # fmt: skip
-    return rest, coefficients, norm
+    return rests[0] if isinstance(w, torch.Tensor) else rests, coefficients, norm
 
 
 # cg_update ------------------------------------------------------------------------------------------------------------
 
 _ELEMENTS, _OCCUPANCY = 256 * 4, 4  # that a block of the kernel has under way at once, and blocks a processor
-
-
-def _each(*given):
-    """The arguments tensor by tensor, be they tensors or lists."""
-    return [given] if isinstance(given[0], torch.Tensor) else list(zip(*given, strict=True))
 
 
 def cuda_cg_update_supports(x, r, p, q, rz, *, damping=0.0, inplace=False, precision="auto") -> str | None:

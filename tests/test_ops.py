@@ -331,7 +331,12 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
         ValueError,
         r"shapes \(3, 5\), \(3, 5\), \(3, 3\), \(3, 5\); they must be the same",
     ),
-    ("cg_update", ([V], [V], [V, V], [V], RZ), {}, ValueError, "four tensors, or four lists as long as one another"),
+    ("cg_update", ([V], [V], [V, V], [V], RZ), {}, ValueError, "four lists as long as one another and not empty"),
+    ("cg_update", ([], [], [], [], RZ), {}, ValueError, "four lists as long as one another and not empty"),
+    ("reorthogonalize", ([A[0, 0]], [V, V]), {}, ValueError, "two lists as long as one another and not empty"),
+    ("reorthogonalize", ([], []), {}, ValueError, "two lists as long as one another and not empty"),
+    ("reorthogonalize", ([A[0, 0], A[0, 0]], [V, V[:2]]), {}, ValueError, "the tensors of basis have 3, 2 rows"),
+    ("reorthogonalize", ([A[0]], [V]), {}, ValueError, r"w has shape \(2, 5\) and basis \(3, 5\)"),
     ("cg_update", (V, V, V, V.double(), RZ), {}, TypeError, "x is torch.float32 but q is torch.float64"),
     (
         "cg_update",

@@ -26,18 +26,15 @@ void gram(uintptr_t x, int dtype, int64_t rows, int64_t width, int64_t stride_n,
                    stream});
 }
 
-void reorthogonalize(uintptr_t w, int dtype, int64_t length, int64_t stride_w, uintptr_t basis, int64_t count,
-                     int64_t stride_k, int64_t stride_n, uintptr_t rest, uintptr_t coefficients, uintptr_t norm,
+void reorthogonalize(const std::vector<int64_t>& places, int dtype, int64_t count, uintptr_t coefficients, uintptr_t norm,
                      bool normalize, uintptr_t workspace, int blocks, int device, uintptr_t stream) {
-    if (length < 0 || count < 0 || blocks < 1) {
-        throw std::invalid_argument("reorthogonalize: length, count and blocks must be at least 0, 0 and 1");
+    if (places.size() % 7 != 0 || count < 0 || blocks < 1) {
+        throw std::invalid_argument("reorthogonalize: places are 7 numbers a tensor, count and blocks at least 0 and 1");
     }
     py::gil_scoped_release release;
-    hvpfast::reorthogonalize({reinterpret_cast<const void*>(w), static_cast<hvpfast::Dtype>(dtype), length, stride_w,
-                              reinterpret_cast<const void*>(basis), count, stride_k, stride_n,
-                              reinterpret_cast<void*>(rest), reinterpret_cast<double*>(coefficients),
-                              reinterpret_cast<double*>(norm), normalize, reinterpret_cast<double*>(workspace), blocks,
-                              device, stream});
+    hvpfast::reorthogonalize({places.data(), static_cast<int>(places.size() / 7), static_cast<hvpfast::Dtype>(dtype), count,
+                              reinterpret_cast<double*>(coefficients), reinterpret_cast<double*>(norm), normalize,
+                              reinterpret_cast<double*>(workspace), blocks, device, stream});
 }
 
 void cg_update(const std::vector<int64_t>& places, int dtype, int columns, uintptr_t rz, double damping, uintptr_t curvature,
@@ -71,10 +68,9 @@ PYBIND11_MODULE(_cuda, m) {
           py::arg("curvature"), py::arg("rr"), py::arg("workspace"), py::arg("blocks"), py::arg("device"), py::arg("stream"),
           "One iteration of conjugate gradients on the given stream; places: (x, r, p, q, new x, new r, new p, elements) a tensor.");
     m.def("krylov_chunk", &hvpfast::krylov_chunk, "Elements of a vector that a block takes at a time.");
-    m.def("reorthogonalize_workspace", &hvpfast::reorthogonalize_workspace, py::arg("count"), py::arg("blocks"),
-          "Doubles of workspace that reorthogonalize needs.");
-    m.def("reorthogonalize", &reorthogonalize, py::arg("w"), py::arg("dtype"), py::arg("length"), py::arg("stride_w"),
-          py::arg("basis"), py::arg("count"), py::arg("stride_k"), py::arg("stride_n"), py::arg("rest"),
-          py::arg("coefficients"), py::arg("norm"), py::arg("normalize"), py::arg("workspace"), py::arg("blocks"),
-          py::arg("device"), py::arg("stream"), "rest = w minus its part in the basis' rows, on the given stream.");
+    m.def("reorthogonalize_workspace", &hvpfast::reorthogonalize_workspace, py::arg("pieces"), py::arg("count"),
+          py::arg("blocks"), "Doubles of workspace that reorthogonalize needs.");
+    m.def("reorthogonalize", &reorthogonalize, py::arg("places"), py::arg("dtype"), py::arg("count"), py::arg("coefficients"),
+          py::arg("norm"), py::arg("normalize"), py::arg("workspace"), py::arg("blocks"), py::arg("device"), py::arg("stream"),
+          "rest = w minus its part in V's rows; places: (w, stride, V, strides, rest, length) a tensor.");
 }

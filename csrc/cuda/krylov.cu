@@ -6,7 +6,8 @@
 //   step, norm   w2 = w1 - V'c2, |w2|^2                     V read
 //   scale        w2 / |w2|, if asked for
 //
-// Blocks sum chunks of columns in their order and leave float64 partial sums; `add_kernel` adds the blocks in theirs: the same
+// A vector may be a list of tensors as they lie (a model's parameters): a launch takes kPieces of them, and deals their chunks
+// to its blocks in turn. Blocks sum chunks of columns in their order and leave float64 partial sums; `add_kernel` adds the blocks in theirs: the same
 // bits every time. All sums are float64 for every dtype: at two multiplications an element a GPU with half-rate float64 still
 // waits for memory. Not yet measured on a GPU.
 #include "check.cuh"
@@ -32,10 +33,28 @@ struct Wide<double> {
     using type = double;
 };
 
+constexpr int kPieces = 40;  // tensors of a launch: their places travel with its arguments (4 KB at the most)
+
 template <typename T>
 struct Rows {
     const T* at;
     int64_t count, length, stride_k, stride_n;
+};
+
+template <typename T, typename In, typename Out>
+struct Piece {
+    Rows<T> rows;
+    const In* w;
+    int64_t stride_w;
+    Out* rest;
+    int turn;  // the block that takes its first chunk
+};
+
+template <typename T, typename In, typename Out>
+struct Pieces {
+    Piece<T, In, Out> of[kPieces];
+    int64_t count;  // of rows
+    int pieces;
 };
 
 template <typename T>
@@ -128,30 +147,44 @@ __device__ void dot(const Rows<T>& rows, const double* held, int64_t first, bool
 
 enum class Pass { dots, step_dots, step_norm };
 
+// The first column that a block takes of a piece: chunk c goes to block (turn + c) modulo the blocks.
+__device__ int64_t first_column(int turn) {
+    const int blocks = static_cast<int>(gridDim.x), own = static_cast<int>(blockIdx.x);
+    return static_cast<int64_t>((own - turn + blocks) % blocks) * kChunk;
+}
+
 // One pass over V. parts: (blocks, k) dot products, or (blocks,) squared norms of the rest.
 template <Pass PASS, bool VECTORS, typename T, typename In, typename Out>
 __global__ void __launch_bounds__(kThreads, 2)
-    pass_kernel(Rows<T> rows, const In* w, int64_t stride_w, const double* c, Out* rest, double* parts) {
+    pass_kernel(const __grid_constant__ Pieces<T, In, Out> all, const double* c, double* parts) {
     __shared__ double held[kChunk];
     __shared__ double of_warps[kWarps];
     double squares = 0.0;
     bool fresh = true;
     const int64_t hop = static_cast<int64_t>(gridDim.x) * kChunk;
-    for (int64_t first = static_cast<int64_t>(blockIdx.x) * kChunk; first < rows.length; first += hop) {
-        if constexpr (PASS == Pass::dots) {
-            const int64_t own = first + threadIdx.x;
-            held[threadIdx.x] = own < rows.length ? static_cast<double>(widen(w[own * stride_w])) : 0.0;
-            __syncthreads();
-        } else {
-            step<VECTORS>(rows, w, stride_w, c, first, rest, held);
+    for (int i = 0; i < all.pieces; ++i) {
+        const Piece<T, In, Out>& piece = all.of[i];
+        const Rows<T>& rows = piece.rows;
+        for (int64_t first = first_column(piece.turn); first < rows.length; first += hop) {
+            if constexpr (PASS == Pass::dots) {
+                const int64_t own = first + threadIdx.x;
+                held[threadIdx.x] = own < rows.length ? static_cast<double>(widen(piece.w[own * piece.stride_w])) : 0.0;
+                __syncthreads();
+            } else {
+                step<VECTORS>(rows, piece.w, piece.stride_w, c, first, piece.rest, held);
+            }
+            if constexpr (PASS == Pass::step_norm) {
+                squares = fma(held[threadIdx.x], held[threadIdx.x], squares);
+            } else {
+                dot<VECTORS>(rows, held, first, fresh, parts + blockIdx.x * all.count);
+                fresh = false;
+                __syncthreads();  // before `held` is written again
+            }
         }
-        if constexpr (PASS == Pass::step_norm) {
-            squares = fma(held[threadIdx.x], held[threadIdx.x], squares);
-        } else {
-            dot<VECTORS>(rows, held, first, fresh, parts + blockIdx.x * rows.count);
-            fresh = false;
-            __syncthreads();  // before `held` is written again
-        }
+    }
+    if constexpr (PASS != Pass::step_norm) {
+        if (!fresh) return;  // else there was nothing for this block
+        for (int64_t k = threadIdx.x; k < all.count; k += kThreads) parts[blockIdx.x * all.count + k] = 0.0;
     }
     if constexpr (PASS == Pass::step_norm) {
         squares = over_warp(squares);
@@ -184,22 +217,46 @@ __global__ void __launch_bounds__(kAddColumns* kAddRows)
     if (totals != nullptr) totals[column] = before[column] + sum;
 }
 
-template <typename Out>
-__global__ void __launch_bounds__(kThreads) scale_kernel(Out* x, int64_t length, const double* norm) {
+template <typename T, typename Out>
+__global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ Pieces<T, Out, Out> all, const double* norm) {
+    static_assert(kThreads == kChunk);
     const double divisor = *norm > 0.0 || *norm != *norm ? *norm : 1.0;  // a NaN stays one
-    const int64_t hop = static_cast<int64_t>(gridDim.x) * kThreads;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < length; i += hop) {
-        x[i] = static_cast<Out>(static_cast<double>(x[i]) / divisor);
+    const int64_t hop = static_cast<int64_t>(gridDim.x) * kChunk;
+    for (int p = 0; p < all.pieces; ++p) {
+        Out* x = all.of[p].rest;
+        for (int64_t i = first_column(all.of[p].turn) + threadIdx.x; i < all.of[p].rows.length; i += hop) {
+            x[i] = static_cast<Out>(static_cast<double>(x[i]) / divisor);
+        }
     }
 }
+
+// The group-th kPieces pieces. `again`: what is read is what the first step wrote.
+template <typename T, typename In, typename Out>
+Pieces<T, In, Out> pieces_of(const ReorthogonalizeArguments& a, int group, bool again) {
+    Pieces<T, In, Out> made{};
+    made.count = a.count;
+    int64_t chunks = 0;
+    for (int i = group * kPieces; i < a.pieces && made.pieces < kPieces; ++i) {
+        const int64_t* at = a.places + 7 * static_cast<int64_t>(i);
+        Piece<T, In, Out>& piece = made.of[made.pieces++];
+        piece.rest = reinterpret_cast<Out*>(at[5]);
+        piece.rows = {reinterpret_cast<const T*>(at[2]), a.count, at[6], at[3], at[4]};
+        piece.w = reinterpret_cast<const In*>(again ? at[5] : at[0]);
+        piece.stride_w = again ? 1 : at[1];
+        piece.turn = static_cast<int>(chunks % a.blocks);
+        chunks += (at[6] + kChunk - 1) / kChunk;
+    }
+    return made;
+}
+
+int groups_of(int pieces) { return pieces > kPieces ? (pieces + kPieces - 1) / kPieces : 1; }
 
 template <bool VECTORS, typename T>
 void run(const ReorthogonalizeArguments& a, cudaStream_t stream) {
     using Out = typename Wide<T>::type;
-    const Rows<T> rows{static_cast<const T*>(a.basis), a.count, a.length, a.stride_k, a.stride_n};
-    const T* w = static_cast<const T*>(a.w);
-    Out* rest = static_cast<Out*>(a.rest);
-    double *parts = a.workspace, *first = parts + a.blocks * (a.count > 0 ? a.count : 1), *second = first + a.count;
+    const int groups = groups_of(a.pieces), all = groups * a.blocks;
+    const int64_t part = a.blocks * a.count;
+    double *parts = a.workspace, *first = parts + all * (a.count > 0 ? a.count : 1), *second = first + a.count;
     const dim3 lines(kAddColumns, kAddRows);
     const double* none = nullptr;
     double* nowhere = nullptr;
@@ -208,34 +265,57 @@ void run(const ReorthogonalizeArguments& a, cudaStream_t stream) {
         const auto dots = pass_kernel<Pass::dots, VECTORS, T, T, Out>;
         const auto both = pass_kernel<Pass::step_dots, VECTORS, T, T, Out>;
         const auto last = pass_kernel<Pass::step_norm, VECTORS, T, Out, Out>;
-        dots<<<a.blocks, kThreads, 0, stream>>>(rows, w, a.stride_w, none, rest, parts);
-        check(cudaGetLastError(), "reorthogonalize: the launch of the first products");
-        add_kernel<<<add_blocks, lines, 0, stream>>>(parts, a.blocks, a.count, false, first, none, nowhere);
+        for (int g = 0; g < groups; ++g) {
+            const auto some = pieces_of<T, T, Out>(a, g, false);
+            double* to = parts + g * part;
+            dots<<<a.blocks, kThreads, 0, stream>>>(some, none, to);
+            check(cudaGetLastError(), "reorthogonalize: the launch of the first products");
+        }
+        add_kernel<<<add_blocks, lines, 0, stream>>>(parts, all, a.count, false, first, none, nowhere);
         check(cudaGetLastError(), "reorthogonalize: the launch of their sums");
-        both<<<a.blocks, kThreads, 0, stream>>>(rows, w, a.stride_w, first, rest, parts);
-        check(cudaGetLastError(), "reorthogonalize: the launch of the first step");
-        add_kernel<<<add_blocks, lines, 0, stream>>>(parts, a.blocks, a.count, false, second, first, a.coefficients);
+        for (int g = 0; g < groups; ++g) {
+            const auto some = pieces_of<T, T, Out>(a, g, false);
+            double* to = parts + g * part;
+            both<<<a.blocks, kThreads, 0, stream>>>(some, first, to);
+            check(cudaGetLastError(), "reorthogonalize: the launch of the first step");
+        }
+        add_kernel<<<add_blocks, lines, 0, stream>>>(parts, all, a.count, false, second, first, a.coefficients);
         check(cudaGetLastError(), "reorthogonalize: the launch of its sums");
-        last<<<a.blocks, kThreads, 0, stream>>>(rows, rest, 1, second, rest, parts);
-        check(cudaGetLastError(), "reorthogonalize: the launch of the second step");
+        for (int g = 0; g < groups; ++g) {
+            const auto some = pieces_of<T, Out, Out>(a, g, true);
+            double* to = parts + g * a.blocks;
+            last<<<a.blocks, kThreads, 0, stream>>>(some, second, to);
+            check(cudaGetLastError(), "reorthogonalize: the launch of the second step");
+        }
     } else {
         const auto last = pass_kernel<Pass::step_norm, VECTORS, T, T, Out>;
-        last<<<a.blocks, kThreads, 0, stream>>>(rows, w, a.stride_w, none, rest, parts);
-        check(cudaGetLastError(), "reorthogonalize: the launch of the norm");
+        for (int g = 0; g < groups; ++g) {
+            const auto some = pieces_of<T, T, Out>(a, g, false);
+            double* to = parts + g * a.blocks;
+            last<<<a.blocks, kThreads, 0, stream>>>(some, none, to);
+            check(cudaGetLastError(), "reorthogonalize: the launch of the norm");
+        }
     }
-    add_kernel<<<1, lines, 0, stream>>>(parts, a.blocks, 1, true, a.norm, none, nowhere);
+    add_kernel<<<1, lines, 0, stream>>>(parts, all, 1, true, a.norm, none, nowhere);
     check(cudaGetLastError(), "reorthogonalize: the launch of the norm's sum");
     if (a.normalize) {
-        const auto scale = scale_kernel<Out>;
-        scale<<<a.blocks, kThreads, 0, stream>>>(rest, a.length, a.norm);
-        check(cudaGetLastError(), "reorthogonalize: the launch of the division");
+        const auto scale = scale_kernel<T, Out>;
+        for (int g = 0; g < groups; ++g) {
+            const auto some = pieces_of<T, Out, Out>(a, g, true);
+            scale<<<a.blocks, kThreads, 0, stream>>>(some, a.norm);
+            check(cudaGetLastError(), "reorthogonalize: the launch of the division");
+        }
     }
 }
 
 template <typename T>
 void choose(const ReorthogonalizeArguments& a, cudaStream_t stream) {
-    const bool whole = a.stride_n == 1 && a.stride_k * static_cast<int64_t>(sizeof(T)) % 16 == 0;
-    if (whole && reinterpret_cast<uintptr_t>(a.basis) % 16 == 0) {
+    bool whole = true;  // rows that begin on 16 bytes
+    for (int i = 0; i < a.pieces; ++i) {
+        const int64_t* at = a.places + 7 * static_cast<int64_t>(i);
+        whole = whole && at[4] == 1 && at[3] * static_cast<int64_t>(sizeof(T)) % 16 == 0 && at[2] % 16 == 0;
+    }
+    if (whole) {
         run<true, T>(a, stream);
     } else {
         run<false, T>(a, stream);
@@ -246,8 +326,8 @@ void choose(const ReorthogonalizeArguments& a, cudaStream_t stream) {
 
 int krylov_chunk() { return kChunk; }
 
-int64_t reorthogonalize_workspace(int64_t count, int blocks) {
-    return blocks * (count > 0 ? count : 1) + 2 * count;
+int64_t reorthogonalize_workspace(int pieces, int64_t count, int blocks) {
+    return static_cast<int64_t>(groups_of(pieces)) * blocks * (count > 0 ? count : 1) + 2 * count;
 }
 
 void reorthogonalize(const ReorthogonalizeArguments& a) {

@@ -1,5 +1,5 @@
 // reorthogonalize on CUDA: what bindings.cpp hands over. Raw pointers, extents and strides in elements; nothing is
-// allocated and nothing waits: all launches go to `stream`, and their number depends on count and normalize alone.
+// allocated and nothing waits: all launches go to `stream`, and their number depends on pieces, count and normalize alone.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +9,17 @@
 namespace hvpfast {
 
 struct ReorthogonalizeArguments {
-    const void* w;  // (length,)
-    Dtype dtype;    // of w and basis
-    int64_t length, stride_w;
-    const void* basis;  // (count, length), orthonormal rows
-    int64_t count, stride_k, stride_n;
-    void* rest;            // (length,) float64 for float64, else float32
+    // (pieces, 7), on the host: of each tensor of the vector the addresses of w (length,), its stride, V (count, length), its two
+    // strides, the rest (length,), float64 for float64, else float32, and the length.
+    const int64_t* places;
+    int pieces;
+    Dtype dtype;    // of w and V
+    int64_t count;  // of V's orthonormal rows
     double* coefficients;  // (count,)
     double* norm;          // of the rest, before it is divided
     bool normalize;
     double* workspace;  // reorthogonalize_workspace(...) doubles
-    int blocks;         // ranges that are summed apart, and then in order: the same bits every time
+    int blocks;         // of a launch; what each sums is added in their order: the same bits every time
     int device;         // ordinal
     uintptr_t stream;
 };
@@ -28,7 +28,7 @@ struct ReorthogonalizeArguments {
 int krylov_chunk();
 
 // Doubles of workspace that `reorthogonalize` needs.
-int64_t reorthogonalize_workspace(int64_t count, int blocks);
+int64_t reorthogonalize_workspace(int pieces, int64_t count, int blocks);
 
 // Throws std::runtime_error with the place and CUDA's own words if a call fails.
 void reorthogonalize(const ReorthogonalizeArguments& arguments);

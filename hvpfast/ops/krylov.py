@@ -13,46 +13,67 @@ from hvpfast.ops.shared import column_dots, wide
 
 
 def _check_reorthogonalize(w, basis, *, normalize=False):
-    if not usual(w, basis):
-        floats("reorthogonalize", w=w, basis=basis)
-    if w.dim() != 1 or basis.dim() != 2 or basis.shape[1] != w.shape[0]:
+    name = "reorthogonalize"
+    if isinstance(w, Tensor) != isinstance(basis, Tensor) or (
+        not isinstance(w, Tensor) and not 0 < len(w) == len(basis)
+    ):
+        raise ValueError(f"{name}: w and basis must be two tensors, or two lists as long as one another and not empty")
+    for one, rows in _tensors(w, basis):
+        if not usual(one, rows):
+            floats(name, w=one, basis=rows)
+        fits = rows.dim() == one.dim() + 1 and rows.shape[1:] == one.shape
+        if not fits or (isinstance(w, Tensor) and one.dim() != 1):
+            raise ValueError(
+                f"{name}: w has shape {tuple(one.shape)} and basis {tuple(rows.shape)}; they must be (n,) and (k, n): "
+                f"one vector a row, as long as w; or lists of tensors and the same with an axis k in front"
+            )
+    if not isinstance(w, Tensor) and len({rows.shape[0] for rows in basis}) > 1:
         raise ValueError(
-            f"reorthogonalize: w has shape {tuple(w.shape)} and basis {tuple(basis.shape)}; they must be (n,) and (k, n): "
-            f"one vector a row, as long as w"
+            f"{name}: the tensors of basis have {', '.join(str(len(y)) for y in basis)} rows; give as many of each"
         )
 
 
 @op(check=_check_reorthogonalize, backends=("cuda",))
-def reorthogonalize(w: Tensor, basis: Tensor, *, normalize: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+def reorthogonalize(
+    w: Tensor | Sequence[Tensor], basis: Tensor | Sequence[Tensor], *, normalize: bool = False
+) -> tuple[Tensor | list[Tensor], Tensor, Tensor]:
     """w minus its part in the span of orthonormal rows: classical Gram-Schmidt, twice, with coefficients and the rest's norm.
 
     The second pass takes away what rounding left of the first, and its coefficients are added: for a float32 basis their
     float64 sum is as good as a float64 dot product.
 
     Args:
-        w: (n,). basis: (k, n), orthonormal rows, k >= 0. normalize: divide the rest by its norm (a zero rest stays zero).
+        w: (n,). basis: (k, n), orthonormal rows, k >= 0. Or lists of tensors (...) and (k, ...) that are one vector and k of
+            them together (a model's parameters, not flattened), at least one. normalize: divide the rest by its norm (a zero
+            rest stays zero).
 
     Returns:
-        (rest, coefficients, norm): the rest (n,) float32 or float64, `basis w` (k,) and the norm of the rest before any
+        (rest, coefficients, norm): the rest like w, float32 or float64, `basis w` (k,) and the norm of the rest before any
         division (), both float64 for every dtype. Raises TypeError or ValueError where shapes, dtypes or devices do not fit.
 
     Source: Giraud, Langou & Rozloznik, Computers & Mathematics with Applications 50 (2005): twice is enough.
     """
-    w, basis = wide(w), wide(basis)
-    first = basis @ w
-    w = torch.addmv(w, basis.T, first, alpha=-1)
-    second = basis @ w
-    w = torch.addmv(w, basis.T, second, alpha=-1)
-    norm = torch.linalg.vector_norm(w, dtype=torch.float64)
+    parts = [wide(one).reshape(-1) for one, _ in _tensors(w, basis)]
+    rows = [wide(rows).reshape(len(rows), one.numel()) for one, rows in _tensors(w, basis)]
+    sums = []
+    for _ in range(2):
+        sums.append(sum(y @ x for x, y in zip(parts, rows, strict=True)))
+        parts = [torch.addmv(x, y.T, sums[-1].to(x), alpha=-1) for x, y in zip(parts, rows, strict=True)]
+    norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in parts]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if normalize:
-        w = w / torch.where(norm > 0, norm, 1.0).to(w.dtype)
-    return w, first.double() + second.double(), norm
+        parts = [x / torch.where(norm > 0, norm, 1.0).to(x.dtype) for x in parts]
+    rest = parts[0] if isinstance(w, Tensor) else [x.reshape(one.shape) for x, one in zip(parts, w, strict=True)]
+    return rest, sums[0].double() + sums[1].double(), norm
 
 
 def _check_cg_update(x, r, p, q, rz, *, damping=0.0, inplace=False):
     name, lists = "cg_update", [x, r, p, q]
-    if not isinstance(x, Tensor) and len({len(one) if isinstance(one, (list, tuple)) else None for one in lists}) > 1:
-        raise ValueError(f"{name}: x, r, p and q must be four tensors, or four lists as long as one another")
+    sizes = {None if isinstance(one, Tensor) else len(one) for one in lists}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError(
+            f"{name}: x, r, p and q must be four tensors, or four lists as long as one another and not empty"
+        )
     if not isinstance(rz, Tensor) or rz.dtype is not torch.float64 or rz.dim() > 1:
         got = f"{rz.dtype} {tuple(rz.shape)}" if isinstance(rz, Tensor) else type(rz).__name__
         raise TypeError(

@@ -26,7 +26,7 @@ COMMON = {
     "partial_kernel<16>": Limit(240, {"HMMA.16816.F32": 32}),
     "partial_kernel<32>": Limit(144, {"FFMA": 1024}),
     "add_kernel": Limit(56, {}),
-    "pass_kernel": Limit(128, {"DFMA": 28}),
+    "pass_kernel": Limit(128, {"DFMA": 16}),  # four rows of four columns at once
     "scale_kernel": Limit(32, {}),
     "cg_kernel": Limit(64, {}),
     "split_kernel": Limit(24, {"F2FP": 2}),

@@ -134,6 +134,34 @@ def test_reorthogonalize(host, length, count, layout, dtype):
     assert torch.equal(w, given[0]) and torch.equal(basis, given[1])
 
 
+@pytest.mark.parametrize("count", [0, 2, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_reorthogonalize_of_a_list_of_tensors(host, count, dtype):
+    """Fewer chunks than blocks, more tensors than a launch takes, one of no elements, one that is no view: as one flat vector."""
+    generator = torch.Generator().manual_seed(0)
+    for shapes in ([(3, 5)], [(7, 8), (0,), (600,), (2, 3, 4), *((1 + i % 5,) for i in range(90))]):
+        sizes = [math.prod(shape) for shape in shapes]
+        w = torch.randn(sum(sizes), generator=generator).to(dtype)
+        basis = torch.linalg.qr(torch.randn(sum(sizes), count, generator=generator, dtype=torch.float64))[0].T.to(dtype)
+        ws = [part.reshape(shape) for part, shape in zip(w.split(sizes), shapes, strict=True)]
+        rows = [part.reshape(count, *shape) for part, shape in zip(basis.split(sizes, 1), shapes, strict=True)]
+        if len(shapes) > 1:
+            ws[0], rows[0] = ws[0].T.contiguous().T, rows[0].mT.contiguous().mT
+        for normalize in (False, True):
+            rest, coefficients, norm = host.cuda_reorthogonalize(ws, rows, normalize=normalize)
+            assert [x.shape for x in rest] == [torch.Size(shape) for shape in shapes]
+            found = torch.cat([x.reshape(-1) for x in rest]), coefficients, norm
+            testing.assert_accurate(found, ops.reorthogonalize, w, basis, normalize=normalize)
+            again = host.cuda_reorthogonalize(ws, rows, normalize=normalize)
+            assert all(
+                torch.equal(x, y)
+                for x, y in zip(testing.pieces(again), testing.pieces((rest, *found[1:])), strict=True)
+            )
+            plain = ops.reorthogonalize(ws, rows, normalize=normalize)
+            flat = torch.cat([x.reshape(-1) for x in plain[0]]), *plain[1:]
+            testing.assert_accurate(flat, ops.reorthogonalize, w, basis, normalize=normalize)
+
+
 def test_reorthogonalize_of_what_the_basis_spans_and_of_nan(host):
     basis = torch.linalg.qr(torch.randn(40, 3, generator=torch.Generator().manual_seed(0)))[0].T
     combination = torch.tensor([3.0, -2.0, 0.5])
