@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -39,10 +40,11 @@ class Run:
     Attributes:
         units: the diagonal blocks. tape: their calls. samples: N. weight: the batch's share of the total, before the
             division by it; total: the sum of the terms' shares of the mean's denominator. again: whether it is pulled once more,
-            so that the graph and the layers' inputs must stay.
+            so that the layers' inputs must stay, and the graph; of a single column, the gradients in its place.
     """
 
     again = False
+    _kept: deque[tuple[int, Tensor]] | None = None
 
     def __init__(self, sweep: Sweep, tape: Tape, evaluated: Evaluated):
         self._sweep, self.tape, self.batch = sweep, tape, evaluated.batch
@@ -108,15 +110,23 @@ class Run:
 
         Gradients that `receive` gets may hold NaN or inf: whoever sums them has less to look at (`require_finite`).
         """
+        if self._kept is not None and receive_sites is None:
+            while self._kept:
+                receive(*self._kept.popleft())
+            if done is not None:
+                done()
+            return
         for call in self.tape.calls:
             call.check()
         needed = {i for unit in self.units if unit.layout is not None for i in unit.calls}
         scales = [unit for unit in self.units if unit.layout is None and unit.own]
         rest = [unit for unit in self.units if unit.layout is None and not unit.own]
         columns = self._columns()
-        u = next(columns, None)
+        u, following = next(columns, None), next(columns, None)
+        keep = self.again and u is not None and following is None
+        if keep:
+            self._kept = deque()
         while u is not None:
-            following = next(columns, None)
             sites: dict[tuple[str, ...], list[Site]] = {}
             if receive_sites is not None and rest:
                 with self._refusing_changes():
@@ -126,11 +136,13 @@ class Run:
             def arrived(number: int, grad: Tensor, kept: dict[int, Tensor] = kept) -> None:
                 if number in needed:
                     receive(number, grad)
+                    if keep:
+                        self._kept.append((number, grad))
                 if receive_sites is not None and any(number in unit.calls for unit in scales):
                     self.require_finite(grad, self.tape.calls[number].name)
                     kept[number] = grad
 
-            self._backward(u, arrived, retain=following is not None or self.again)
+            self._backward(u, arrived, retain=following is not None or (self.again and not keep))
             if receive_sites is not None:
                 for unit in scales:
                     receive_sites(unit, self._by_rule(unit, kept))
@@ -138,7 +150,7 @@ class Run:
                     receive_sites(unit, sites[unit.names])
             if done is not None:
                 done()
-            u = following
+            u, following = following, next(columns, None)
 
     def require_finite(self, x: Tensor, layer: str) -> None:
         """Of gradients at a layer's output, or of what is finite where they are: a sum of their squares."""
