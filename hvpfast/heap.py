@@ -24,7 +24,7 @@ _LARGEST = 32 << 20  # glibc's own bound on what it does not map, which it comes
 _KEPT_SHARE = 32  # of the machine's memory, 1 / this may stay with the process for the next pass
 _SETTINGS = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_")
 
-_GROWTH = 16 << 20  # of the heap, after which `settle` looks for what is free within it
+_GROWTH = 48 << 20  # of the heap, after which `settle` looks for what is free within it
 
 _HUGE, _MADV_HUGEPAGE = 2 << 20, 14
 
