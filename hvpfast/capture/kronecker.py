@@ -22,10 +22,10 @@ _CHUNK = 1 << 20  # elements of the patches of one chunk, as in `sites.PatchSite
 _MANY = 1 << 23  # numbers of rotated rows from which they are made a few samples at a time
 
 
-def _chunks(normals: Sequence[Normal], samples: int) -> Iterator[slice]:
-    """Ranges of samples whose inputs are made together."""
+def _chunks(normals: Sequence[Normal], samples: int, least: int = 0) -> Iterator[slice]:
+    """Ranges of samples whose inputs are made together: `_CHUNK` of their elements, or `least` where that is more."""
     size = sum(normal.patches for normal in normals)
-    step = max(1, _CHUNK // size) if size else max(1, samples)
+    step = max(1, max(_CHUNK, least) // size) if size else max(1, samples)
     for start in range(0, samples, step):
         yield slice(start, min(start + step, samples))
 
@@ -267,7 +267,9 @@ def add_rotated_moment(
         total[0].add_(moment.T, alpha=alpha)
         return
     grads = [normal.grads(grad).to(total.dtype) for normal, grad in uses]  # (B, N, T, O)
-    for part in _chunks([normal for normal, _ in uses], samples) if uses[0][0].patches else _few(total, grads, samples):
+    normals = [normal for normal, _ in uses]
+    enough = total.shape[2] ** 2 // 2  # half as many rows as features: a product reads the whole basis each time
+    for part in _chunks(normals, samples, enough) if normals[0].patches else _few(total, grads, samples):
         a = _beside([_features(normal, weight, part) for normal, _ in uses])
         g = _beside([one[:, part] for one in grads])
         if apart:
