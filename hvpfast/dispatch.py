@@ -75,6 +75,11 @@ def backend(name: str | None) -> _Forced:
     return _Forced("backend", _valid("backend", name, BACKENDS))
 
 
+def precision_in_use() -> str:
+    """What `precision` or `HVPFAST_PRECISION` set, else "auto"."""
+    return _state.precision
+
+
 def precision(name: str) -> _Forced:
     """Set how float32 data are multiplied inside kernels, within a `with` block.
 

@@ -246,7 +246,7 @@ def cpu_sample_grads_worthwhile(a, g, *, out=None, precision="auto") -> str | No
     large = size * (8 if a.dtype is torch.float64 else 4) > 8 << 20
     if t == 1:
         return None if size >= 1 << 17 else "a small result: torch's call costs as little"
-    if a.dtype is torch.bfloat16 and _cpu_uses_amx(a, precision):
+    if (a.dtype is torch.bfloat16 or (precision == "bf16x3" and t >= 32)) and _cpu_uses_amx(a, precision):
         return None
     if t > 64 or not large:
         return _CPU_PLAIN_PRODUCT

@@ -15,6 +15,7 @@ from torch import Tensor
 from hvpfast import ops
 from hvpfast.capture.layers import Image, Normal
 from hvpfast.capture.lookups import LookupSite
+from hvpfast.ops.rotation import rotated
 from hvpfast.ops.shared import add_rows
 from hvpfast.patches import geometry, patches
 
@@ -284,7 +285,7 @@ def _few(total: Tensor, grads: Sequence[Tensor], samples: int) -> Iterator[slice
     few enough for malloc to have room for (measured, 2026-11-21: 7% less time for 8192 rows of 1024, none saved for 2048)."""
     o, i = total.shape[1:]
     each = sum(g.shape[2] for g in grads) * (i + o)
-    step = max(1, samples if samples * each <= _MANY else max(_CHUNK, 4 * o * i) // each)
+    step = max(1, samples if samples * each <= _MANY else max(2 * _CHUNK, 4 * o * i) // each)
     for start in range(0, samples, step):
         yield slice(start, min(start + step, samples))
 
@@ -307,9 +308,8 @@ def _add_moment(
         ones = False
     if before <= after or (qa is None and qg is None):
         if qa is not None:
-            rows = a.flatten(0, 1)
-            a = (torch.addmm(qa[-1], rows, qa[:-1]) if ones else rows @ qa).unflatten(0, a.shape[:2])
-        out.add_(ops.second_moment(a, g if qg is None else g @ qg), alpha=alpha)
+            a = rotated(a, qa[:-1], qa[-1]) if ones else rotated(a, qa)
+        out.add_(ops.second_moment(a, g if qg is None else rotated(g, qg)), alpha=alpha)
         return
     step = max(1, _CHUNK // (o * i))
     for start in range(0, a.shape[0], step):
