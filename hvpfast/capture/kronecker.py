@@ -269,7 +269,7 @@ def add_rotated_moment(
         return
     grads = [normal.grads(grad).to(total.dtype) for normal, grad in uses]  # (B, N, T, O)
     normals = [normal for normal, _ in uses]
-    enough = total.shape[2] ** 2 // 2  # half as many rows as features: a product reads the whole basis each time
+    enough = total.shape[2] ** 2  # as many rows as features: a product reads, or packs, the whole basis each time
     for part in _chunks(normals, samples, enough) if normals[0].patches else _few(total, grads, samples):
         a = _beside([_features(normal, weight, part) for normal, _ in uses])
         g = _beside([one[:, part] for one in grads])

@@ -336,7 +336,9 @@ class KFACPreconditioner:
             nu = (limit / (lr * lr * total)).sqrt().clamp(max=1.0)
         for (grads, parts, _), good in zip(results, fine.unbind(), strict=True):
             for grad, part in zip(grads, parts, strict=True):
-                part = part.mul_(nu)  # of this step alone; no value is asked for, which a device would have to be waited for
+                part = part.mul_(
+                    nu
+                )  # of this step alone; no value is asked for, which a device would have to be waited for
                 torch.where(good, part if part.dtype is grad.dtype else part.to(grad.dtype), grad, out=grad)
         self._count(1, list(fine.unbind()))
 
