@@ -69,8 +69,9 @@ def _malloc() -> _Malloc | None:
 
 @contextlib.contextmanager
 def reused(wanted: bool = True) -> Iterator[None]:
-    """Within the block, memory that is freed is used again. After it, malloc maps what is larger than 32 MB as before, and at
-    most 1/32 of the machine's memory stays with the process; `release` gives that back too. Nothing without glibc."""
+    """Within the block, memory that is freed is used again. After it, malloc maps what is larger than 32 MB as before (where
+    its heap has no room for it), and at most 1/32 of the machine's memory stays with the process; `release` gives that back
+    too. Nothing without glibc."""
     global _inside, _settled
     malloc = _malloc()
     if malloc is None or not wanted:
