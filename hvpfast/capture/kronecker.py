@@ -277,7 +277,7 @@ def add_rotated_moment(
             a, g = a.reshape(a.shape[0], -1, 1, a.shape[3]), g.reshape(g.shape[0], -1, 1, g.shape[3])
         for b, out in enumerate(total):
             q, p = (None if qa is None else qa[b]), (None if qg is None else qg[b])
-            _add_moment(out, a[b], g[b], q, p, ones, alpha)
+            _add_moment(out, a[b], g[b], q, p, ones, alpha, samples)
 
 
 def _few(total: Tensor, grads: Sequence[Tensor], samples: int) -> Iterator[slice]:
@@ -296,9 +296,10 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _add_moment(
-    out: Tensor, a: Tensor, g: Tensor, qa: Tensor | None, qg: Tensor | None, ones: bool, alpha: float
+    out: Tensor, a: Tensor, g: Tensor, qa: Tensor | None, qg: Tensor | None, ones: bool, alpha: float, samples: int
 ) -> None:
-    """out (o, i) += alpha sum_m (qg' g_m' (a_m 1) qa)^2: a (N, T, I), g (N, T, O); `ones`: whether the 1 is there."""
+    """out (o, i) += alpha sum_m (qg' g_m' (a_m 1) qa)^2: a (N, T, I), g (N, T, O); `ones`: whether the 1 is there; `samples`:
+    of all that is added to out."""
     (t, i), o = (a.shape[1], a.shape[2] + ones), g.shape[2]
     left, right = (o if qg is None else qg.shape[1]), (i if qa is None else qa.shape[1])
     before = t * (i * right * (qa is not None) + o * left * (qg is not None) + left * right)
@@ -308,8 +309,8 @@ def _add_moment(
         ones = False
     if before <= after or (qa is None and qg is None):
         if qa is not None:
-            a = rotated(a, qa[:-1], qa[-1]) if ones else rotated(a, qa)
-        out.add_(ops.second_moment(a, g if qg is None else rotated(g, qg)), alpha=alpha)
+            a = rotated(a, qa[:-1], qa[-1], samples=samples) if ones else rotated(a, qa, samples=samples)
+        out.add_(ops.second_moment(a, g if qg is None else rotated(g, qg, samples=samples)), alpha=alpha)
         return
     step = max(1, _CHUNK // (o * i))
     for start in range(0, a.shape[0], step):

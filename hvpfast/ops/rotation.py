@@ -8,16 +8,16 @@ from torch import Tensor
 from hvpfast import dispatch
 from hvpfast.ops.samples import sample_grads
 
-# Rows, and numbers multiplied, from which halves are worth splitting into, and a statistic's error is an average over many
-# products: measured on a 2-core AVX-512 + AMX machine, 2026-11-21, 1.8x to 2.1x for 2048 x 256 to 8192 x 1024 rows.
-_ROWS, _PRODUCTS, _TOGETHER = 512, 1 << 26, 128
+# Rows, and numbers multiplied, from which splitting is worth it, and rows of one product. Samples from which what the rows
+# lose, random from one to the next, leaves the second moment within what bf16x3 states: 12e-6 of one sample's, by the root of N.
+_ROWS, _PRODUCTS, _TOGETHER, _SAMPLES = 512, 1 << 26, 128, 16
 
 
-def rotated(x: Tensor, q: Tensor, shift: Tensor | None = None) -> Tensor:
-    """x (..., I), q (I, P), shift (P,) or None -> x q + shift (..., P), for sums of squares over many rows.
+def rotated(x: Tensor, q: Tensor, shift: Tensor | None = None, *, samples: int) -> Tensor:
+    """x (..., I), q (I, P), shift (P,) or None -> x q + shift (..., P), for a sum of squares over `samples`.
 
-    In bf16x3 where the precision allows it and the CPU has AMX (relative error about 4e-6, which is random from row to row:
-    second moments over hundreds of rows keep float32's accuracy within 1e-6); else torch's own product.
+    In bf16x3 where the precision allows it, the CPU has AMX and samples are not few (relative error at most 5e-6, of the rows
+    and of the second moments of both: tests/test_rotation.py); else torch's own product.
     """
     rows, (i, p) = x.flatten(0, -2), q.shape
     whole = rows.shape[0] // _TOGETHER * _TOGETHER
@@ -26,6 +26,7 @@ def rotated(x: Tensor, q: Tensor, shift: Tensor | None = None) -> Tensor:
         and x.is_cpu
         and x.dtype is q.dtype is torch.float32
         and whole >= _ROWS
+        and samples >= _SAMPLES
     )
     if may and whole * i * p >= _PRODUCTS:
         # A product is the "gradient" of a sample whose positions are the features: outputs x', inputs q, which all share.
