@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from hvpfast.kernels.extensions import _modules
+from hvpfast.kernels.native_cpu import _CPU_DTYPES, _CPU_PORTABLE, _cpu_dtype_reason, _cpu_is_portable
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {None: 0, "layer": 1, "rms": 2}
 
 
@@ -26,7 +26,7 @@ def cpu_norm_sample_stats(x, g, *, kind=None, eps=0.0, mean=None, rstd=None, pre
         strides += (0, 0) if y is None else (y.stride(d) if y.shape[d] > 1 else 0 for d in (0, each))
     norms, squares = (g.new_empty(2, size, dtype=wide) for size in (m, features))
     _modules["cpu"].norm_sample_stats(
-        x.data_ptr(), x.shape, x.stride(), g.data_ptr(), g.shape, g.stride(), _DTYPES[g.dtype],
+        x.data_ptr(), x.shape, x.stride(), g.data_ptr(), g.shape, g.stride(), _CPU_DTYPES[g.dtype],
         (_KINDS[kind], eps, *(0 if y is None else y.data_ptr() for y in given), *strides, by_feature),
         norms.data_ptr(), squares.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -34,8 +34,8 @@ def cpu_norm_sample_stats(x, g, *, kind=None, eps=0.0, mean=None, rstd=None, pre
 
 
 def cpu_norm_sample_stats_supports(x, g, *, kind=None, eps=0.0, mean=None, rstd=None, precision="auto") -> str | None:
-    if g.dtype not in _DTYPES:
-        return f"g is {g.dtype}; the kernel reads float64, float32, bfloat16 and float16"
+    if g.dtype not in _CPU_DTYPES:
+        return _cpu_dtype_reason("g", g)
     if not hasattr(_modules["cpu"], "norm_sample_stats"):
         return "the compiled kernels are older than this file; build them again (pip install .)"
     over = 1 if _by_feature(g, kind) else 2
@@ -46,8 +46,8 @@ def cpu_norm_sample_stats_supports(x, g, *, kind=None, eps=0.0, mean=None, rstd=
 
 
 def cpu_norm_sample_stats_worthwhile(x, g, *, kind=None, **_) -> str | None:
-    if _modules["cpu"].tier() == "portable":
-        return "this CPU offers only the portable tier, which is slower than torch's own kernels"
+    if _cpu_is_portable():
+        return _CPU_PORTABLE
     if g.numel() < 8192 and _by_feature(g, kind):  # 0.85x at (8, 16, 16), 1.6x at (64, 16, 512) and more (2026-11-21)
         return "few values, channels first: a call costs more than the passes that it spares"
     return None
