@@ -170,13 +170,8 @@ int64_t cg_workspace(int tensors, int columns, int blocks) {
 void cg_update(const CgArguments& a) {
     const OnDevice guard(a.device);
     const auto stream = reinterpret_cast<cudaStream_t>(a.stream);
-    switch (a.dtype) {
-        case Dtype::float32: run<float>(a, stream); break;
-        case Dtype::float64: run<double>(a, stream); break;
-        case Dtype::bfloat16: run<__nv_bfloat16>(a, stream); break;
-        case Dtype::float16: run<__half>(a, stream); break;
-        default: throw std::runtime_error("cg_update: an unknown dtype code");
-    }
+    with_type<float, double, __nv_bfloat16, __half>(
+        a.dtype, "cg_update", [&](auto of) { run<typename decltype(of)::type>(a, stream); });
 }
 
 }  // namespace hvpfast

@@ -259,12 +259,8 @@ void gram(const GramArguments& a) {
     const int64_t step = 64;  // rows of a split come in whole steps of every kernel
     const int64_t per_split = (a.rows + step * a.splits - 1) / (step * a.splits) * step;
     if (a.products > 0) gram_tiles_sm90(a, blocks, per_split);
-    switch (a.dtype) {
-        case Dtype::float32: partials<float>(a, blocks, per_split, stream); break;
-        case Dtype::bfloat16: partials<__nv_bfloat16>(a, blocks, per_split, stream); break;
-        case Dtype::float16: partials<__half>(a, blocks, per_split, stream); break;
-        default: throw std::runtime_error("gram: an unknown dtype code");
-    }
+    with_type<float, __nv_bfloat16, __half>(
+        a.dtype, "gram", [&](auto of) { partials<typename decltype(of)::type>(a, blocks, per_split, stream); });
     constexpr int kPerTile = (kTile / kSquare) * (kTile / kSquare);
     const dim3 grid(blocks * (blocks + 1) / 2 * kPerTile + (a.ones_column ? blocks : 0));
     add_kernel<<<grid, dim3(kSquare, kSquareRows), 0, stream>>>(a.workspace, a.splits, blocks, a.rows, a.width, a.out,

@@ -333,13 +333,8 @@ int64_t reorthogonalize_workspace(int pieces, int64_t count, int blocks) {
 void reorthogonalize(const ReorthogonalizeArguments& a) {
     const OnDevice guard(a.device);
     const auto stream = reinterpret_cast<cudaStream_t>(a.stream);
-    switch (a.dtype) {
-        case Dtype::float32: choose<float>(a, stream); break;
-        case Dtype::float64: choose<double>(a, stream); break;
-        case Dtype::bfloat16: choose<__nv_bfloat16>(a, stream); break;
-        case Dtype::float16: choose<__half>(a, stream); break;
-        default: throw std::runtime_error("reorthogonalize: an unknown dtype code");
-    }
+    with_type<float, double, __nv_bfloat16, __half>(
+        a.dtype, "reorthogonalize", [&](auto of) { choose<typename decltype(of)::type>(a, stream); });
 }
 
 }  // namespace hvpfast
