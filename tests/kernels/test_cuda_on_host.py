@@ -33,11 +33,11 @@ def module(tmp_path_factory):
         assert launches == count == text.count("launch(")
         (folder / f"{name}.cpp").write_text(text)
     includes = [Path(__file__).with_name("on_host"), source, pybind11.get_include(), sysconfig.get_path("include")]
-    command = [compiler, "-std=c++20", "-O1", "-fPIC", "-shared", *(f"-I{path}" for path in includes), "-o", "_cuda.so"]
-    command += [*(f"{name}.cpp" for name in LAUNCHES), str(source / "bindings.cpp"), "-lpthread"]
+    command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", *(f"-I{path}" for path in includes), "-o", "_cuda.so"]
+    command += [*(f"{name}.cpp" for name in LAUNCHES), str(source / "bindings.cpp")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    if "barrier" in done.stderr and "No such file" in done.stderr:
-        pytest.skip("this g++ has no C++20 <barrier>")
+    if "ucontext.h" in done.stderr and "No such file" in done.stderr:
+        pytest.skip("this C library has no <ucontext.h>")
     assert done.returncode == 0, done.stderr
     spec = importlib.util.spec_from_file_location("_cuda", folder / "_cuda.so")
     loaded = importlib.util.module_from_spec(spec)

@@ -1,12 +1,19 @@
-// As much of CUDA as csrc/cuda needs, on the host: a block is that many threads with a barrier, and blocks run one after
-// another, so that __shared__ can be static. Says whether a kernel's places, ranges and barriers are right; nothing of speed.
+// As much of CUDA as csrc/cuda needs, on the host: a block's threads are contexts that take turns, each until it has to wait, in
+// an order drawn anew (and the same in every run) for every round, so that a barrier that is not there shows. Blocks run one
+// after another: __shared__ can be static. Says whether a kernel's places, ranges and barriers are right; nothing of speed.
 #pragma once
+#undef _FORTIFY_SOURCE  // which takes a jump to another stack for a mistake
+#include <setjmp.h>
+#include <ucontext.h>
+
 #include <algorithm>
-#include <barrier>
 #include <cmath>
 #include <cstdint>
+#include <exception>
+#include <functional>
 #include <memory>
-#include <thread>
+#include <random>
+#include <stdexcept>
 #include <vector>
 
 #define __device__
@@ -33,24 +40,58 @@ struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline thread_local dim3 threadIdx, blockIdx;
-inline dim3 gridDim, blockDim;
-inline std::barrier<>* barrier_of_block;
-inline void __syncthreads() { barrier_of_block->arrive_and_wait(); }
+inline dim3 gridDim, blockDim, blockIdx;
 
-// A warp's exchange: each lane leaves its value, and reads another's once all have.
+// Those who wait for each other; one that is done is waited for no more.
+struct Barrier {
+    unsigned members, arrived = 0, phase = 0;
+    void release() {
+        if (arrived == members) arrived = 0, ++phase;
+    }
+};
+
 struct Warp {
-    std::barrier<> barrier;
+    Barrier barrier;
     double values[32];
 };
-inline thread_local Warp* warp;
-inline thread_local unsigned lane_of_warp;
+
+struct Thread {
+    dim3 index;
+    unsigned lane;
+    Warp* warp;
+    std::function<bool()> ready;  // what it waits for; empty: nothing
+    std::shared_ptr<void> own;    // whatever else is one thread's
+    std::exception_ptr failure;
+    bool begun, done;
+    ucontext_t context;  // to begin in
+    jmp_buf at;          // to go on at: without the system calls of swapcontext
+    std::vector<char> stack;
+};
+inline Thread* current;
+inline jmp_buf scheduler;
+#define threadIdx (current->index)
+
+inline void wait_until(std::function<bool()> ready) {
+    current->ready = std::move(ready);
+    if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
+}
+inline void wait(Barrier& barrier) {
+    const unsigned phase = barrier.phase;
+    ++barrier.arrived, barrier.release();
+    if (barrier.phase == phase) wait_until([&barrier, phase] { return barrier.phase != phase; });
+}
+inline Barrier barrier_of_block;
+inline void __syncthreads() { wait(barrier_of_block); }
+
+// A warp's exchange: each lane leaves its value, and reads another's once all have.
 template <typename T>
 T __shfl_down_sync(unsigned, T value, unsigned apart) {
-    warp->values[lane_of_warp] = static_cast<double>(value);
-    warp->barrier.arrive_and_wait();
-    const T other = lane_of_warp + apart < 32 ? static_cast<T>(warp->values[lane_of_warp + apart]) : value;
-    warp->barrier.arrive_and_wait();
+    Warp& warp = *current->warp;
+    const unsigned lane = current->lane;
+    warp.values[lane] = static_cast<double>(value);
+    wait(warp.barrier);
+    const T other = lane + apart < 32 ? static_cast<T>(warp.values[lane + apart]) : value;
+    wait(warp.barrier);
     return other;
 }
 
@@ -67,28 +108,62 @@ inline const char* cudaGetErrorName(cudaError_t) { return ""; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 
-// What `kernel<<<grid, block, 0, stream>>>(...)` is rewritten to.
-template <typename Kernel>
-void launch(dim3 grid, dim3 block, Kernel kernel) {
-    gridDim = grid, blockDim = block;
+inline const std::function<void()>* running;
+inline void run_thread() {
+    try {
+        (*running)();
+    } catch (...) {
+        current->failure = std::current_exception();
+    }
+    for (Barrier* one : {&current->warp->barrier, &barrier_of_block}) --one->members, one->release();
+    current->done = true;
+    _longjmp(scheduler, 1);
+}
+inline void go_on(Thread& one) {
+    current = &one;
+    if (_setjmp(scheduler) != 0) return;  // it waits, or is done
+    if (one.begun) _longjmp(one.at, 1);
+    one.begun = true;
+    setcontext(&one.context);
+}
+
+inline void run_block(dim3 block, std::vector<Thread>& threads, std::mt19937& drawn) {
     const unsigned count = block.x * block.y;
-    for (unsigned y = 0; y < grid.y; ++y) {
-        for (unsigned x = 0; x < grid.x; ++x) {
-            std::barrier<> barrier(count);
-            barrier_of_block = &barrier;
-            std::vector<std::unique_ptr<Warp>> warps;
-            for (unsigned w = 0; w < count; w += 32) warps.emplace_back(new Warp{std::barrier<>(min(32u, count - w)), {}});
-            std::vector<std::thread> threads;
-            for (unsigned t = 0; t < count; ++t) {
-                threads.emplace_back([&barrier, &kernel, &warps, block, x, y, t] {
-                    blockIdx = dim3(x, y), threadIdx = dim3(t % block.x, t / block.x);
-                    warp = warps[t / 32].get(), lane_of_warp = t % 32;
-                    kernel();
-                    warp->barrier.arrive_and_drop();
-                    barrier.arrive_and_drop();
-                });
-            }
-            for (auto& thread : threads) thread.join();
+    std::vector<Warp> warps((count + 31) / 32);
+    for (unsigned w = 0; w < warps.size(); ++w) warps[w].barrier = {min(32u, count - 32 * w)};
+    barrier_of_block = {count};
+    std::vector<Thread*> left;
+    for (unsigned t = 0; t < count; ++t) {
+        Thread& one = threads[t];
+        one.index = dim3(t % block.x, t / block.x), one.lane = t % 32, one.warp = &warps[t / 32];
+        one.ready = nullptr, one.own = nullptr, one.failure = nullptr, one.begun = one.done = false;
+        one.stack.resize(128 * 1024);
+        getcontext(&one.context);
+        one.context.uc_stack.ss_sp = one.stack.data(), one.context.uc_stack.ss_size = one.stack.size();
+        one.context.uc_link = nullptr;
+        makecontext(&one.context, run_thread, 0);
+        left.push_back(&one);
+    }
+    while (!left.empty()) {
+        std::shuffle(left.begin(), left.end(), drawn);
+        bool moved = false;
+        for (Thread* one : left) {
+            if (one->ready && !one->ready()) continue;
+            one->ready = nullptr, moved = true;
+            go_on(*one);
+            if (one->failure) std::rethrow_exception(one->failure);
         }
+        if (!moved) throw std::runtime_error("all threads of a block wait, for what none of them will do");
+        left.erase(std::remove_if(left.begin(), left.end(), [](Thread* one) { return one->done; }), left.end());
+    }
+}
+
+// What `kernel<<<grid, block, 0, stream>>>(...)` is rewritten to.
+inline void launch(dim3 grid, dim3 block, const std::function<void()>& kernel) {
+    static std::vector<Thread> threads(1024);  // their stacks are used again
+    std::mt19937 drawn(0);
+    gridDim = grid, blockDim = block, running = &kernel;
+    for (unsigned y = 0; y < grid.y; ++y) {
+        for (unsigned x = 0; x < grid.x; ++x) blockIdx = dim3(x, y), run_block(block, threads, drawn);
     }
 }

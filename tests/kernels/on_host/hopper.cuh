@@ -4,11 +4,9 @@
 #pragma once
 #define __CUDA_ARCH_FEAT_SM90_ALL
 
-#include <condition_variable>
 #include <cstring>
 #include <deque>
 #include <map>
-#include <mutex>
 
 #include "box.hpp"
 #include "check.cuh"
@@ -43,28 +41,24 @@ struct Counted {
     uint32_t phase;
 };
 inline std::map<uint32_t, Counted> barriers;
-inline std::mutex lock;
-inline std::condition_variable changed;
 
 inline void barrier_make(uint32_t barrier, uint32_t arrivals) {
-    const std::lock_guard<std::mutex> held(lock);
     barriers[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void barriers_made() {}
 
 inline void barrier_change(uint32_t barrier, uint32_t arrived, int64_t bytes) {
-    const std::lock_guard<std::mutex> held(lock);
     Counted& b = barriers.at(barrier);
     b.missing -= arrived, b.bytes += bytes;
-    if (b.missing == 0 && b.bytes == 0) b.missing = b.arrivals, ++b.phase, changed.notify_all();
+    if (b.missing == 0 && b.bytes == 0) b.missing = b.arrivals, ++b.phase;
 }
 inline void barrier_arrive(uint32_t barrier) { barrier_change(barrier, 1, 0); }
 inline void barrier_expect(uint32_t barrier, uint32_t bytes) {
     barrier_change(barrier, 0, bytes), barrier_change(barrier, 1, 0);
 }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-    std::unique_lock<std::mutex> held(lock);
-    changed.wait(held, [=] { return (barriers.at(barrier).phase & 1) != parity; });
+    const auto passed = [=] { return (barriers.at(barrier).phase & 1) != parity; };
+    if (!passed()) wait_until(passed);
 }
 
 inline void map_ahead(const TensorMap*) {}
@@ -106,8 +100,14 @@ struct Put {
     int accumulate;
     void (*run)(const Put&);
 };
-inline thread_local std::deque<std::deque<Put>> under_way;
-inline thread_local bool fenced = false;
+struct Products {
+    std::deque<std::deque<Put>> under_way;
+    bool fenced = false;
+};
+inline Products& products() {  // this thread's
+    if (!current->own) current->own = std::make_shared<Products>();
+    return *static_cast<Products*>(current->own.get());
+}
 
 template <Dtype DTYPE>
 void run_product(const Put& put) {
@@ -124,18 +124,19 @@ void run_product(const Put& put) {
     }
 }
 
-inline void together() { warp->barrier.arrive_and_wait(); }  // what `.sync.aligned` asks of the lanes of a warp
+inline void together() { wait(current->warp->barrier); }  // what `.sync.aligned` asks of the lanes of a warp
 
-inline void products_begin() { together(), fenced = true, under_way.emplace_back(); }
+inline void products_begin() { together(), products().fenced = true, products().under_way.emplace_back(); }
 template <Dtype DTYPE>
 void product(float (&d)[64], uint64_t a, uint64_t b, int accumulate) {
-    if (!fenced) throw std::runtime_error("a product without a fence before it");
-    under_way.back().push_back({d, a, b, accumulate, run_product<DTYPE>});
+    if (!products().fenced) throw std::runtime_error("a product without a fence before it");
+    products().under_way.back().push_back({d, a, b, accumulate, run_product<DTYPE>});
 }
-inline void products_end() { fenced = false; }
+inline void products_end() { products().fenced = false; }
 template <int COUNT>
 void products_wait() {
     together();
+    auto& under_way = products().under_way;
     while (static_cast<int>(under_way.size()) > COUNT) {
         for (const Put& put : under_way.front()) put.run(put);
         under_way.pop_front();
@@ -144,7 +145,7 @@ void products_wait() {
 }
 
 inline void products_done(float (&)[64]) {
-    if (!under_way.empty()) throw std::runtime_error("a sum is used while products into it are under way");
+    if (!products().under_way.empty()) throw std::runtime_error("a sum is used while products into it are under way");
 }
 
 }  // namespace hvpfast
