@@ -58,7 +58,10 @@ bool products_with(const Engine<T>& engine, const Rowwise<T>& rowwise, const Bat
     // Streamed rows leave as a whole, gathered in L2: pieces of a panel's width fill memory at half the rate.
     const int64_t strip = panel * a.features * int64_t(sizeof(T));
     const bool gather = stream && out.col_stride == 1 && strip <= l2_bytes() / 2;
-    const int64_t strip_at = carver.take(gather ? strip : 0);
+    // A right operand that L2 does not hold is gone through once for as many left panels as stay there.
+    const int64_t panel_bytes = left.bytes() / most(1, left.panels) + (gather ? strip : 0);
+    const int64_t together = right.bytes() <= l2_bytes() / 2 ? 1 : most(1, least(left.panels, l2_bytes() * 3 / 4 / panel_bytes));
+    const int64_t strip_at = carver.take(gather ? together * strip : 0);
     const int64_t each = carver.used;
     char* const base = workspace(each * threads + 2 * threads * 4);
     uint32_t* const seen = reinterpret_cast<uint32_t*>(base + each * threads);
@@ -76,23 +79,30 @@ bool products_with(const Engine<T>& engine, const Rowwise<T>& rowwise, const Bat
             left.pack(by_position(g, m), l, engine.one_form ? l : nullptr, &of_g);
             if (n != packed) right.pack(by_position(a, n), engine.one_form ? r : nullptr, r, &of_a);
             packed = n;
-            for (int64_t o = left.panels * split / splits; o < left.panels * (split + 1) / splits; ++o) {
-                T* const to = static_cast<T*>(out.data) + m * out.sample_stride + o * panel * out.row_stride;
-                for (int64_t i = 0; i < right.panels; ++i) {
-                    for (int64_t slice = 0; slice < left.slices; ++slice)
-                        engine.block(slice ? Mode::add : Mode::store, left.at(l, slice, o), right.at(r, slice, i), left.width(o),
-                                     right.width(i), left.depth(slice), false, block, nullptr);
-                    if (gather) {
-                        rowwise.copy(block, panel, left.width(o), right.width(i), rows + i * panel, a.features, false);
-                    } else if (out.col_stride == 1) {
-                        rowwise.copy(block, panel, left.width(o), right.width(i), to + i * panel, out.row_stride, stream);
-                    } else {
-                        for (int64_t row = 0; row < left.width(o); ++row)
-                            for (int64_t c = 0; c < right.width(i); ++c)
-                                to[row * out.row_stride + (i * panel + c) * out.col_stride] = block[row * panel + c];
+            T* const to = static_cast<T*>(out.data) + m * out.sample_stride;
+            const int64_t end = left.panels * (split + 1) / splits;
+            for (int64_t first = left.panels * split / splits; first < end; first += together) {
+                const int64_t last = least(end, first + together);
+                for (int64_t i = 0; i < right.panels; ++i)
+                    for (int64_t o = first; o < last; ++o) {
+                        for (int64_t slice = 0; slice < left.slices; ++slice)
+                            engine.block(slice ? Mode::add : Mode::store, left.at(l, slice, o), right.at(r, slice, i), left.width(o),
+                                         right.width(i), left.depth(slice), false, block, nullptr);
+                        T* const here = to + o * panel * out.row_stride + i * panel * out.col_stride;
+                        if (gather) {
+                            rowwise.copy(block, panel, left.width(o), right.width(i), rows + (o - first) * panel * a.features + i * panel,
+                                         a.features, false);
+                        } else if (out.col_stride == 1) {
+                            rowwise.copy(block, panel, left.width(o), right.width(i), here, out.row_stride, stream);
+                        } else {
+                            for (int64_t row = 0; row < left.width(o); ++row)
+                                for (int64_t c = 0; c < right.width(i); ++c)
+                                    here[row * out.row_stride + c * out.col_stride] = block[row * panel + c];
+                        }
                     }
-                }
-                if (gather) rowwise.copy(rows, a.features, left.width(o), a.features, to, out.row_stride, true);
+                for (int64_t o = first; gather && o < last; ++o)
+                    rowwise.copy(rows + (o - first) * panel * a.features, a.features, left.width(o), a.features,
+                                 to + o * panel * out.row_stride, out.row_stride, true);
             }
         }
         engine.end();

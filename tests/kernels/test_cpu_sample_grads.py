@@ -47,6 +47,18 @@ def test_results_larger_than_the_caches(tier):
 
 
 @pytest.mark.parametrize("tier", tiers.TIERS)
+@pytest.mark.parametrize("mode", ("ieee", "bf16x3"))
+def test_inputs_larger_than_the_caches(tier, mode):
+    """Packed inputs beyond L2 meet several panels of the gradients at a time: a result in place, gathered, and turned."""
+    with tiers.forced(tier), precision(mode):
+        for n, t, i, o, k in ((1, 1100, 1030, 135, 1), (1, 260, 4100, 90, 10)):
+            args, _ = make_inputs("sample_grads", n=n, t=t, i=i, o=o, k=k)
+            for out in (torch.full((n * k, o, i), math.nan), torch.full((n * k, i, o), math.nan).mT):
+                ops.sample_grads.on("cpu")(*args, out=out)
+                assert_accurate(out, ops.sample_grads, *args, precision=mode)
+
+
+@pytest.mark.parametrize("tier", tiers.TIERS)
 @pytest.mark.parametrize("mode", ("bf16x3", "bf16"))
 def test_reduced_precisions(tier, mode):
     with tiers.forced(tier), precision(mode):
