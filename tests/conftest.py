@@ -2,6 +2,7 @@
 
 import os
 
+import interpreter
 import pytest
 import torch
 
@@ -19,3 +20,8 @@ def clean_env(monkeypatch):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "install: builds and installs hvpfast (minutes); -m 'not install' leaves it out")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    interpreter.quicken()
