@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from bench import peers
-from bench.cases import FORMULATIONS, ROWS, Row, inputs, work
+from bench.cases import ROWS, Row, inputs, work
 from bench.conftest import describe, devices
 from bench.contest import CLOCK, Unfit, hold, replay, require
+from bench.formulations import FORMULATIONS
 from hvpfast import dispatch
 from hvpfast.testing import assert_accurate
 

@@ -163,13 +163,7 @@ def worthwhile(
     precision: str = "ieee",
 ) -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    width = x.shape[-1]
-    few = tables.below(x.device, "gram", x.numel() * width / 2)
-    if few is not None:
-        return few
-    if tiles.product(x.dtype, precision) == "ieee":
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
-    return None
+    return tables.slower(x, "gram", x.numel() * x.shape[-1] / 2, precision)
 
 
 def gram(

@@ -162,5 +162,5 @@ def worthwhile(v: Tensor | Sequence[Tensor], precision: str) -> str | None:
         return None
     layers = [v] if isinstance(v, Tensor) else v
     if len(layers) == 1 or sum(x.numel() * sum(x.shape[-2:]) for x in layers) > len(layers) << 24:
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
+        return tables.CUBLAS
     return None  # small layers: what counts is the launches

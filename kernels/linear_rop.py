@@ -78,12 +78,9 @@ def worthwhile(
     x: Tensor, w: Tensor, dx: Tensor, dw: Tensor, *, db: Tensor | None = None, precision: str = "ieee"
 ) -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    few = tables.below(x.device, "linear_rop", 2 * max(dx.numel(), dw.shape[:-2].numel() * x.numel()) * w.shape[0])
-    if few is not None:
-        return few
-    if tiles.product(x.dtype, precision) == "ieee":
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
-    return None
+    return tables.slower(
+        x, "linear_rop", 2 * max(dx.numel(), dw.shape[:-2].numel() * x.numel()) * w.shape[0], precision
+    )
 
 
 def linear_rop(

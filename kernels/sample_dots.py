@@ -59,12 +59,7 @@ def supports(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> str
 
 def worthwhile(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    few = tables.below(a.device, "sample_dots", a.shape[0] * a.shape[1] * w.numel())
-    if few is not None:
-        return few
-    if tiles.product(a.dtype, precision) == "ieee":
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
-    return None
+    return tables.slower(a, "sample_dots", a.shape[0] * a.shape[1] * w.numel(), precision)
 
 
 def sample_dots(a: Tensor, g: Tensor, w: Tensor, *, precision: str = "ieee") -> Tensor:

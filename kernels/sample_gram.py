@@ -96,12 +96,7 @@ def worthwhile(
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
     (m, t, o), i = g.shape, a.shape[2]
     m2, t2 = (m, t) if g2 is None else g2.shape[:2]
-    few = tables.below(a.device, "sample_gram", m * min(m2 * t * t2 * (i + o), (t + m2) * i * o))
-    if few is not None:
-        return few
-    if tiles.product(a.dtype, precision) == "ieee":
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
-    return None
+    return tables.slower(a, "sample_gram", m * min(m2 * t * t2 * (i + o), (t + m2) * i * o), precision)
 
 
 def sample_gram(

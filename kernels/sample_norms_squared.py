@@ -130,12 +130,8 @@ def supports(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
 def worthwhile(a: Tensor, g: Tensor, *, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
     t, i, o = a.shape[1], a.shape[2], g.shape[2]
-    few = tables.below(a.device, "sample_norms_squared", len(g) * t * min(t * (i + o) / 2, i * o))
-    if t > 1 and few is not None:
-        return few
-    if t > 1 and tiles.product(a.dtype, precision) == "ieee":
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
-    return None
+    work = len(g) * t * min(t * (i + o) / 2, i * o)
+    return tables.slower(a, "sample_norms_squared", work, precision) if t > 1 else None
 
 
 def sample_norms_squared(a: Tensor, g: Tensor, *, precision: str = "ieee") -> Tensor:

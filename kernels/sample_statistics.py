@@ -19,12 +19,7 @@ def supports(a: Tensor, g: Tensor, c: Tensor | None = None, *, precision: str = 
 
 def worthwhile(a: Tensor, g: Tensor, c: Tensor | None = None, *, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    few = tables.below(a.device, "second_moment", g.numel() * a.shape[2])
-    if few is not None:
-        return few
-    if a.shape[1] == 1 and tiles.product(a.dtype, precision) == "ieee":
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
-    return None
+    return tables.slower(a, "second_moment", g.numel() * a.shape[2], precision, plain=a.shape[1] == 1)
 
 
 def sample_statistics(

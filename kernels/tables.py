@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from .tiles import Tile, facts
+from .tiles import Tile, facts, product
 
 FOLDER = Path(__file__).with_name("tables")
+CUBLAS = "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
 
 
 class Table(NamedTuple):
@@ -96,3 +97,11 @@ def below(device: torch.device, op: str, work: float) -> str | None:
     where = found.measured["crossovers"]
     said = f"measured on {where}" if where else "an expectation, not yet measured"
     return f"{work:.2g} products are below {least:.2g}, from which on its kernel pays ({said})"
+
+
+def slower(x: torch.Tensor, op: str, work: float, precision: str, plain: bool = True) -> str | None:
+    """Why the reference is expected to be faster for so much work on data like x, or None; `plain`: cuBLAS has this product."""
+    few = below(x.device, op, work)
+    if few is None and plain and product(x.dtype, precision) == "ieee":
+        return CUBLAS
+    return few

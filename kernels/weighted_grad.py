@@ -19,12 +19,7 @@ def supports(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> str
 
 def worthwhile(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
-    few = tables.below(a.device, "weighted_grad", a.numel() * g.shape[2])
-    if few is not None:
-        return few
-    if tiles.product(a.dtype, precision) == "ieee":
-        return "cuBLAS's float32 product is expected to be faster than Triton's on CUDA cores (not yet measured)"
-    return None
+    return tables.slower(a, "weighted_grad", a.numel() * g.shape[2], precision)
 
 
 def weighted_grad(a: Tensor, g: Tensor, c: Tensor, *, precision: str = "ieee") -> Tensor:

@@ -13,16 +13,15 @@ from hvpfast.capture.torch_losses import as_loss
 from hvpfast.capture.units import Unit
 from hvpfast.optim.inverses import invert
 from hvpfast.optim.layers import KroneckerLayer, Layer, RowLayer
-from hvpfast.optim.options import Schedule, check_model, choice, float_dtype, refuse, skips, value_of
+from hvpfast.optim.options import SCHEDULES, Schedule, Scheduled, check_model, choice, float_dtype, refuse, skips
 from hvpfast.optim.passes import Pass, Recorder
 from hvpfast.optim.structure import check_state, check_structure, tracked_parameters, unit_of
 
 TOLERANCE = 0.05  # off-diagonal mass, relative, up to which an earlier eigenbasis serves: see `eigen.eigendecompose`
 DROWNED = 0.1  # times the tolerance and the damping: eigenvalues below that count as zero
-SCHEDULES = ("factor_update_steps", "inv_update_steps", "damping", "factor_decay", "kl_clip", "lr")
 
 
-class KFACPreconditioner:
+class KFACPreconditioner(Scheduled):
     """Multiplies gradients by the inverse of a damped Kronecker-factored Fisher, with kfac-pytorch's arguments.
 
         preconditioner = hf.optim.KFACPreconditioner(model, lr=0.1, factor_update_steps=10, inv_update_steps=100)
@@ -111,12 +110,7 @@ class KFACPreconditioner:
         self._who = who = type(self).__name__
         refuse(who, other)
         check_model(model, who)
-        self._schedules = dict(
-            zip(SCHEDULES, (factor_update_steps, inv_update_steps, damping, factor_decay, kl_clip, lr), strict=True)
-        )
-        for name, given in self._schedules.items():
-            if not callable(given):
-                value_of(who, name, given, 0)
+        self._set_schedules(factor_update_steps, inv_update_steps, damping, factor_decay, kl_clip, lr)
         if not isinstance(accumulation_steps, int) or accumulation_steps < 1:
             raise ValueError(f"{who}: accumulation_steps is {accumulation_steps!r}; it must be a whole number >= 1")
         if not 0 <= tolerance < 1:
@@ -148,27 +142,10 @@ class KFACPreconditioner:
         self._device = next(iter(self._params.values())).device
         self._layers: dict[str, Layer] = {}
         self._owner: dict[str, str] = {}  # of a parameter: its layer's key
-        self._steps, self._terms, self._weight, self._named = 0, 0.0, 0.0, False
+        self._terms, self._weight, self._named = 0.0, 0.0, False
         self._skipped = torch.zeros(2, dtype=torch.int64, device=self._device)  # factors, gradients
         self.model = model
         self._recorder = Recorder(model, self._params, self._due, self._arrived, self.fisher_type == "empirical")
-
-    # Hyper-parameters ---------------------------------------------------------------------------------------------------
-
-    def _value(self, name: str) -> float | None:
-        return value_of(self._who, name, self._schedules[name], self._steps)
-
-    @property
-    def steps(self) -> int:
-        """How many steps have been made."""
-        return self._steps
-
-    damping = property(lambda self: self._value("damping"), doc="Of this step.")
-    factor_decay = property(lambda self: self._value("factor_decay"), doc="Of this step.")
-    kl_clip = property(lambda self: self._value("kl_clip"), doc="Of this step, or None.")
-    lr = property(lambda self: self._value("lr"), doc="Of this step.")
-    factor_update_steps = property(lambda self: int(self._value("factor_update_steps")), doc="Of this step.")
-    inv_update_steps = property(lambda self: int(self._value("inv_update_steps")), doc="Of this step.")
 
     def __repr__(self) -> str:
         shown = [f"{name}={given}" for name, given in self._schedules.items()]

@@ -39,6 +39,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "kl_clip": (lambda x: 0 < x < math.inf, "a finite number > 0, or None for no clipping"),
     "lr": (lambda x: 0 <= x < math.inf, "a finite number >= 0"),
 }
+SCHEDULES = tuple(_RANGES)
 
 
 def value_of(who: str, name: str, given: float | Schedule | None, step: int) -> float | None:
@@ -55,6 +56,35 @@ def value_of(who: str, name: str, given: float | Schedule | None, step: int) -> 
         where = f" at step {step}" if callable(given) else ""
         raise ValueError(f"{who}: {name} is {value!r}{where}; it must be {needs}")
     return number
+
+
+class Scheduled:
+    """The hyper-parameters that may be functions of the step: their values at this one."""
+
+    _who: str
+    _steps = 0
+
+    def _set_schedules(self, *given: float | Schedule | None) -> None:
+        """In the order of `SCHEDULES`; those that are no functions are checked now, the others at every step."""
+        self._schedules = dict(zip(SCHEDULES, given, strict=True))
+        for name, one in self._schedules.items():
+            if not callable(one):
+                value_of(self._who, name, one, 0)
+
+    def _value(self, name: str) -> float | None:
+        return value_of(self._who, name, self._schedules[name], self._steps)
+
+    @property
+    def steps(self) -> int:
+        """How many steps have been made."""
+        return self._steps
+
+    damping = property(lambda self: self._value("damping"), doc="Of this step.")
+    factor_decay = property(lambda self: self._value("factor_decay"), doc="Of this step.")
+    kl_clip = property(lambda self: self._value("kl_clip"), doc="Of this step, or None.")
+    lr = property(lambda self: self._value("lr"), doc="Of this step.")
+    factor_update_steps = property(lambda self: int(self._value("factor_update_steps")), doc="Of this step.")
+    inv_update_steps = property(lambda self: int(self._value("inv_update_steps")), doc="Of this step.")
 
 
 def skips(patterns: Sequence[str] | None, who: str) -> Callable[[str, nn.Module], bool]:
