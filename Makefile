@@ -15,6 +15,8 @@ JOBS ?= 2
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_FLAGS ?=
+# A file's tests on one process: what they share (a build, compiled kernels) is made once.
+XDIST := --dist loadfile --no-loadscope-reorder
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
@@ -40,7 +42,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test
 	@echo '== Running the tests on $(JOBS) processes'
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(JOBS) $(TEST_FLAGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(JOBS) $(XDIST) $(TEST_FLAGS)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-only $(BENCH_FLAGS)
@@ -77,7 +79,7 @@ sanitize: $(VENV)/.installed-test
 	  $(PIP) --no-deps --no-build-isolation --target build/sanitize/site ./build/sanitize/src
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} PYTHONPATH=build/sanitize/site \
-	  $(BIN)/pytest -q -n $(JOBS) tests/kernels/test_cpu_*.py $(TEST_FLAGS)
+	  $(BIN)/pytest -q -n $(JOBS) $(XDIST) tests/kernels/test_cpu_*.py $(TEST_FLAGS)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .ruff_cache .benchmarks kernels/*.so kernels/_build.json

@@ -199,8 +199,8 @@ def _kron_apply(left, v, right):
 
 def _kron_solve(v, qg, qa, eigenvalues, damping):
     basis = torch.kron(qg, qa)
-    matrix = basis @ torch.diag(1 / (eigenvalues.flatten() + damping)) @ basis.T
-    return torch.stack([(matrix @ one.flatten()).reshape(one.shape) for one in v])
+    damped = eigenvalues.flatten() + damping
+    return torch.stack([(basis @ (basis.T @ one.flatten() / damped)).reshape(one.shape) for one in v])
 
 
 def _softmax_hvp(logits, v, *, weight=None):

@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+LONGEST = ("test_ops.py", "test_install.py", "test_bench.py")
+
+
 @pytest.fixture
 def clean_env(monkeypatch):
     """The environment for a subprocess that must see none of hvpfast's or Triton's settings of this one."""
@@ -25,3 +28,8 @@ def pytest_configure(config):
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter():
     interpreter.quicken()
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: with `--dist loadfile --no-loadscope-reorder` no process ends with one of them alone."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))

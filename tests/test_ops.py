@@ -68,8 +68,8 @@ def holds(name: str, backend: str, size: Size, dtype: torch.dtype, layout: str, 
     """
     op, ran = dispatch.OPS[name], 0
     variants = VARIANTS.get(name, ({},))
-    if name in PATCHED and interpreted(backend):  # every variant in some layout of every dtype, one in each
-        variants = [variants[(LAYOUTS.index(layout) + DTYPES.index(dtype)) % len(variants)]]
+    if name in PATCHED and interpreted(backend):  # every variant in some layout of every width of data, one in each
+        variants = [variants[(LAYOUTS.index(layout) + dtype.itemsize + 1) % len(variants)]]
     for variant in variants:
         args, kwargs = make_inputs(
             name, **size._asdict(), dtype=dtype, device=device_of(backend), layout=layout, seed=size.t
@@ -102,6 +102,8 @@ def holds(name: str, backend: str, size: Size, dtype: torch.dtype, layout: str, 
 @pytest.mark.parametrize(("name", "backend"), IMPLEMENTATIONS)
 def test_against_the_reference(name, backend, dtype, layout):
     running(name, backend)
+    if interpreted(backend) and dtype.itemsize == 2 and (dtype is torch.float16) != LAYOUTS.index(layout) % 2:
+        pytest.skip("in the interpreter the other dtype of 16 bits takes this layout")
     thorough = not interpreted(backend) or (dtype is torch.float32 and layout == "contiguous" and name not in PATCHED)
     holds_all(name, backend, SIZES if thorough else INTERPRETED_SIZES, dtype, layout)
 
