@@ -135,15 +135,15 @@ class KFACPreconditioner(Scheduled):
                 f"{who}: grad_scaler is a {type(grad_scaler).__name__}; it must be a GradScaler or a function"
             )
         self._generator = torch.Generator().manual_seed(seed)
-        self._params = tracked_parameters(model, skips(skip_layers, who))
+        self._params, self._frozen = tracked_parameters(model, skips(skip_layers, who))
         if not self._params:
             raise ValueError(f"{who}: no parameter is left to precondition; look at requires_grad and skip_layers")
         self._shapes = {name: tuple(p.shape) for name, p in self._params.items()}
-        self._device = next(iter(self._params.values())).device
+        self._named: set[str] = set()  # what was warned of
         self._layers: dict[str, Layer] = {}
         self._owner: dict[str, str] = {}  # of a parameter: its layer's key
-        self._terms, self._weight, self._named = 0.0, 0.0, False
-        self._skipped = torch.zeros(2, dtype=torch.int64, device=self._device)  # factors, gradients
+        self._terms, self._weight = 0.0, 0.0
+        self._skipped = torch.zeros(2, dtype=torch.int64)  # factors, gradients
         self.model = model
         self._recorder = Recorder(model, self._params, self._due, self._arrived, self.fisher_type == "empirical")
 
@@ -192,6 +192,11 @@ class KFACPreconditioner(Scheduled):
             raise StateError(
                 f"{self._who}: parameters {key!r} were used as {layer.unit.layout if layer else f'part of {other!r}'} before "
                 f"and are used as {unit.layout} now, so their factors do not add up; make a new preconditioner"
+            )
+        if (moved := layer.moved()) is not None:
+            raise StateError(
+                f"{self._who}: {layer.label!r} {moved}; preconditioner.load_state_dict(preconditioner.state_dict()) takes "
+                f"the factors along"
             )
         return layer
 
@@ -276,14 +281,16 @@ class KFACPreconditioner(Scheduled):
 
     def _count(self, kind: int, fine: list[Tensor]) -> None:
         if fine:
-            self._skipped[kind] += (~torch.stack(fine)).sum()
+            count = (~torch.stack(fine)).sum()
+            self._skipped = self._skipped.to(count.device)
+            self._skipped[kind] += count
 
     # The step -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> None:
         """Replace the gradients by preconditioned ones, in place. Between `backward` and the optimizer's step."""
-        with torch.autocast(self._device.type, enabled=False):
+        with torch.autocast(next(iter(self._params.values())).device.type, enabled=False):
             if self._recorder.passes or self._due():
                 self._update_factors()
             self._update_inverses()
@@ -297,12 +304,15 @@ class KFACPreconditioner(Scheduled):
     def _precondition(self) -> None:
         damping, limit, lr = self.damping, self.kl_clip, self.lr
         results: list[tuple[list[Tensor], list[Tensor], Tensor]] = []
+        partial: list[str] = []
         for layer in self._layers.values():
             grads = [p.grad for p in layer.params]
             if layer.ready and all(grad is not None for grad in grads):
                 parts, dot = layer.precondition(grads, damping)
                 results.append((grads, parts, dot))
-        self._name_the_plain()
+            elif any(grad is not None for grad in grads) and any(grad is None for grad in grads):
+                partial += [name for name, grad in zip(layer.unit.names, grads, strict=True) if grad is not None]
+        self._name_the_plain(partial)
         if not results:
             return
         dots = torch.stack([dot for _, _, dot in results])
@@ -319,18 +329,22 @@ class KFACPreconditioner(Scheduled):
                 torch.where(good, part if part.dtype is grad.dtype else part.to(grad.dtype), grad, out=grad)
         self._count(1, list(fine.unbind()))
 
-    def _name_the_plain(self) -> None:
-        """Warn, once, of parameters that have a gradient and no block."""
-        if self._named:
-            return
-        plain = [name for name, p in self._params.items() if name not in self._owner and p.grad is not None]
-        if plain:
-            self._named = True
-            warnings.warn(
-                f"{self._who}: no layer rule covers {', '.join(plain[:6])}{' and more' if len(plain) > 6 else ''}: "
-                f"they keep their plain gradients; name their modules in skip_layers to say so",
-                stacklevel=4,
-            )
+    def _name_the_plain(self, partial: list[str]) -> None:
+        """Warn, once of each kind, of parameters that have a gradient and no block, or no block that it goes through."""
+        found = {
+            "no layer rule covers {}: they keep their plain gradients; name their modules in skip_layers to say so": [
+                name for name, p in self._params.items() if name not in self._owner and p.grad is not None
+            ],
+            "{} did not require grad when it was made: they keep their plain gradients; make a new preconditioner": [
+                name for name, p in self._frozen.items() if p.grad is not None
+            ],
+            "{} keep their plain gradients: other parameters of their layers have none; make a new preconditioner": partial,
+        }
+        for said, names in found.items():
+            if names and said not in self._named:
+                self._named.add(said)
+                some = ", ".join(names[:6]) + (" and more" if len(names) > 6 else "")
+                warnings.warn(f"{self._who}: {said.format(some)}", stacklevel=4)
 
     # Keeping it ---------------------------------------------------------------------------------------------------------
 

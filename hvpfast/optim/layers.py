@@ -65,9 +65,21 @@ class Layer:
     def __init__(self, unit: Unit, params: Mapping[str, Tensor], factor_dtype: torch.dtype | None):
         self.unit, self.params = unit, [params[name] for name in unit.names]
         self.names = ", ".join(unit.names)
+        self._begun_on = self._place()
         self.dtype = factor_dtype or accumulate_dtype(self.params[0].dtype)
         self.running: Running | None = None
         self.sums: KroneckerSums | RowSums | None = None
+
+    def _place(self) -> list[tuple[torch.dtype, torch.device]]:
+        return [(p.dtype, p.device) for p in self.params]
+
+    def moved(self) -> str | None:
+        """Why what is kept does not go with the parameters as they are now, or None."""
+        now = self._place()
+        if now == self._begun_on:
+            return None
+        shown = [", ".join(f"{dtype} on {device}" for dtype, device in dict.fromkeys(x)) for x in (now, self._begun_on)]
+        return "is {}, and was {} when its factors were begun".format(*shown)
 
     @property
     def label(self) -> str:
@@ -139,7 +151,7 @@ class KroneckerLayer(Layer):
         self.inverses: tuple[Tensor, Tensor] | None = None  # of A and G: (B, I, I), or (B, I) for a diagonal
         self._spectrum: Spectrum | None = None  # in inv_dtype, without the directions that the damping drowns
         self._scale: Tensor | None = None  # 1 / (eigenvalues + damping); minus 1 / damping if directions were left out
-        self._damping = math.inf  # of `_scale`
+        self._prepared = self._damping = math.inf  # of `_spectrum` and of `_scale`
 
     @property
     def ready(self) -> bool:
@@ -199,12 +211,11 @@ class KroneckerLayer(Layer):
         self._spectrum = Spectrum(
             *(x if self.inv_dtype is self.dtype else x.to(self.inv_dtype) for x in (g, a)), values
         )
-        self._damping = damping
+        self._prepared, self._scale = damping, None
 
     def _scaled(self, damping: float) -> Tensor:
-        if self._spectrum is None or (self.drowned and damping < 0.5 * self._damping):
+        if self._spectrum is None or (self.drowned and damping < 0.5 * self._prepared):
             self._prepare(damping)
-            self._scale = None
         if self._scale is None or self._damping != damping:
             values = self._spectrum.values
             scale = (values + damping).reciprocal_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 
@@ -54,6 +55,25 @@ class Pass:
         self.held.clear()
 
 
+class _Hook:
+    """Calls a recorder's method for its own model: not for a copy of it, which has the same hooks, nor for one from a file."""
+
+    def __init__(self, recorder: Recorder, method: str):
+        self._recorder, self._method = weakref.ref(recorder), method
+
+    def __call__(self, module: nn.Module, *given: object) -> None:
+        recorder = self._recorder()
+        if recorder is not None and module is recorder.model:
+            getattr(recorder, self._method)(*given)
+
+    def __reduce__(self) -> tuple:
+        return functools.partial, (_nothing,)
+
+
+def _nothing(*given: object) -> None:
+    """The hook of a model that was copied or read from a file."""
+
+
 class Recorder:
     """Hooks on the model's root: they open a tape where `due` says so, and hand over each gradient that arrives.
 
@@ -79,21 +99,9 @@ class Recorder:
         self._due, self._arrived, self._listening = due, arrived, listening
         self._recording = self._latest = None
         self.bare = False
-        me = weakref.ref(self)  # a copy of the model has the same hooks: they are not for it
-
-        def before(module: nn.Module, args: object) -> None:
-            recorder = me()
-            if recorder is not None and module is recorder.model:
-                recorder._open()
-
-        def after(module: nn.Module, args: object, kwargs: object, output: object) -> None:
-            recorder = me()
-            if recorder is not None and module is recorder.model and recorder._recording is not None:
-                recorder._close((args, kwargs), output)
-
         self._handles = [
-            model.register_forward_pre_hook(before),
-            model.register_forward_hook(after, with_kwargs=True, always_call=True),
+            model.register_forward_pre_hook(_Hook(self, "_open")),
+            model.register_forward_hook(_Hook(self, "_close"), with_kwargs=True, always_call=True),
         ]
 
     def remove(self) -> None:
@@ -110,13 +118,14 @@ class Recorder:
         self.passes.clear()
         self._latest = None
 
-    def _open(self) -> None:
+    def _open(self, args: object) -> None:
         if self._recording is not None:  # an earlier pass did not come to its end
             self._stop()
         if measuring() or not (self.model.training and torch.is_grad_enabled() and self._due()):
             return
         place: list[Callable[[], Pass | None]] = [lambda: None]  # filled when the pass is complete
-        context = recording(self.model, list(self.params.values()), self._watch(place) if self._listening else None)
+        trained = [p for p in self.params.values() if p.requires_grad]
+        context = recording(self.model, trained, self._watch(place) if self._listening else None)
         self._recording = (context, context.__enter__(), place)
 
     def _stop(self) -> tuple[Tape, list]:
@@ -139,21 +148,24 @@ class Recorder:
 
         return watch
 
-    def _close(self, inputs: object, output: object) -> None:
+    def _close(self, args: object, kwargs: object, output: object) -> None:
+        if self._recording is None:
+            return
         tape, place = self._stop()
         found = [x for x in tensors_in(getattr(output, "logits", output)) if x.requires_grad]
         if not found:
             return
         first = found[0]
         rows = first.shape[0] if first.dim() else 0
-        samples = batch_size(inputs) or rows
+        samples = batch_size((args, kwargs)) or rows
         if rows and rows % max(1, samples):
             samples = rows
         whole = first
         for other in found[1:]:  # of several outputs, whatever either of them depends on
             if other.dim() and first.dim() and other.shape[0] == rows:
                 whole = whole.reshape(rows, -1).sum(1) + other.reshape(rows, -1).sum(1)
-        names, tensors = list(self.params), list(self.params.values())
+        trained = {name: p for name, p in self.params.items() if p.requires_grad}  # some may be frozen by now
+        names, tensors = list(trained), list(trained.values())
         covered = tape.covered(whole, tensors, samples, folded=True)
         tape._watch = tape._model = None
         units = units_of(tape, names, tensors, covered)

@@ -10,13 +10,17 @@ from hvpfast.capture.errors import StateError
 from hvpfast.capture.units import Layout, Unit
 
 
-def tracked_parameters(model: nn.Module, skip: Callable[[str, nn.Module], bool]) -> dict[str, Tensor]:
-    """The parameters to precondition: all that require grad, but those of batch norms and of modules to skip."""
+def tracked_parameters(
+    model: nn.Module, skip: Callable[[str, nn.Module], bool]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The parameters to precondition, all but those of batch norms and of modules to skip: that require grad, that do not."""
     out: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) or skip(name, module):
             out.update(id(p) for p in module._parameters.values() if p is not None)
-    return {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in out}
+    tracked = {name: p for name, p in model.named_parameters() if id(p) not in out}
+    trained = {name: p for name, p in tracked.items() if p.requires_grad}
+    return trained, {name: p for name, p in tracked.items() if name not in trained}
 
 
 def check_structure(model: nn.Module, params: Mapping[str, Tensor], shapes: Mapping[str, tuple], who: str) -> None:

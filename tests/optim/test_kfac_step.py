@@ -331,17 +331,19 @@ def test_directions_that_the_damping_drowns_change_little():
     assert sizes[0.2] < sizes[0.02] < sizes[0.0]
 
 
-def test_a_falling_damping_brings_directions_back():
+@pytest.mark.parametrize(("rate", "steps"), [(0.1, 5), (0.6, 19)])
+def test_a_falling_damping_brings_directions_back(rate, steps):
+    """In leaps, and in steps each of which is too small to do so."""
     model, x, y = nn.Linear(30, 5), torch.randn(64, 30) * torch.logspace(0, -3, 30), torch.arange(64) % 5
     falling = hf.optim.KFACPreconditioner(
-        model, kl_clip=None, damping=lambda step: 10.0 ** (-step), inv_update_steps=100, factor_update_steps=100
+        model, kl_clip=None, damping=lambda step: rate**step, inv_update_steps=100, factor_update_steps=100
     )
-    for _ in range(5):
+    for _ in range(steps):
         backward(model, x, y)
         falling.step()
     last = grads(model)
     falling.close()
-    exact = KFACPreconditioner(model, kl_clip=None, damping=1e-4)
+    exact = KFACPreconditioner(model, kl_clip=None, damping=rate ** (steps - 1))
     backward(model, x, y)
     exact.step()
     assert all(relative(last[name], grad) < 0.005 for name, grad in grads(model).items())
