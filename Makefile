@@ -74,7 +74,7 @@ SANITIZE := -fsanitize=address,undefined
 sanitize: $(VENV)/.installed-test
 	rm -rf build/sanitize && mkdir -p build/sanitize/src
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t build/sanitize/src
-	HVPFAST_BUILD=cpu HVPFAST_CXXFLAGS='-g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=undefined $(SANITIZE)' \
+	HVPFAST_BUILD=cpu HVPFAST_CXXFLAGS='-g1 -O1 -fno-omit-frame-pointer -fno-sanitize-recover=undefined $(SANITIZE)' \
 	  HVPFAST_LDFLAGS='$(SANITIZE)' \
 	  $(PIP) --no-deps --no-build-isolation --target build/sanitize/site ./build/sanitize/src
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
