@@ -52,7 +52,14 @@ class Problem:
         self.check_state()
 
     def check_state(self) -> None:
-        """Raise StateError if dropout, or batch statistics where samples must not interact, are active."""
+        """Raise StateError if dropout, or batch statistics where samples must not interact, are active; or a parameter is frozen
+        that was not before."""
+        frozen = [name for name, p in self.params.items() if not p.requires_grad]
+        if frozen:
+            raise StateError(
+                f"{self.who}: {', '.join(frozen[:4])}{' and more' if len(frozen) > 4 else ''} required grad when this was made "
+                f"and no longer does; make a new one, or call requires_grad_()"
+            )
         refuse_dropout(self.model, self.who)
         if self.per_sample:
             refuse_batch_statistics(self.model, self.who)

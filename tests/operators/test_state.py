@@ -6,6 +6,7 @@ from torch import nn
 from zoo import classes_of, unequal
 
 import hvpfast as hf
+from hvpfast.capture.errors import StateError
 
 LOSS = nn.CrossEntropyLoss()
 
@@ -117,3 +118,12 @@ def test_works_under_no_grad_and_inference_mode():
         fresh = hf.Hessian(model, LOSS, (x, y))
         with context:
             assert torch.equal(fresh @ v.clone(), truth)
+
+
+@pytest.mark.parametrize("kind", [hf.Hessian, hf.GGN, hf.EmpiricalFisher, hf.KFAC, hf.EKFAC])
+def test_parameters_that_are_frozen_afterwards_are_named(kind):
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    operator = kind(model, LOSS, (torch.randn(6, 4, dtype=torch.float64), classes_of(6, 3)))
+    model[0].requires_grad_(False)
+    with pytest.raises(StateError, match=r"0\.weight, 0\.bias required grad when this was made and no longer does"):
+        operator @ torch.ones(operator.shape[0], dtype=torch.float64)
