@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from hvpfast.autocast import full_precision
+from hvpfast.untouchable import KNOWN, is_compiling, take_compiled, untouchable
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PRECISIONS = ("auto", "ieee", "bf16x3", "bf16")
@@ -140,29 +140,34 @@ class Op:
         self._check = check
         self._loaded: dict[str, _Implementation | str] = {}
         self._auto: dict[str, tuple[_Implementation, ...]] = {}
+        self._whole: Callable | None = None  # the compiled form of a whole call, for the usual arguments
 
     def __repr__(self) -> str:
         return f"<op {self.name}: {', '.join(('reference', *self.backends))}>"
 
     def __call__(self, *args, **kwargs):
         # A call must cost at most 3 us over the function that it ends in (bench_dispatch.py).
+        forced, precision = _state.backend, _state.precision
+        if self._whole is not None and forced is None and not is_compiling():
+            result = self._whole(args, kwargs, precision)
+            if result is not NotImplemented:
+                return result
         if self._check is not None:
             self._check(*args, **kwargs)
-        forced, precision = _state.backend, _state.precision
         if forced is not None:
             return self._run_on(forced, args, kwargs)
         device = _device(args, kwargs)
         candidates = self._auto.get(device)
         if candidates is None:  # a compiler traces no imports, and takes the reference anyway
-            candidates = () if _is_compiling() else self._candidates(device)
-        if candidates and not _is_compiling():
+            candidates = () if is_compiling() else self._candidates(device)
+        if candidates and not is_compiling():
             extended = {**kwargs, "precision": precision} if kwargs else {"precision": precision}
             touchable = False
             for one in candidates:  # `slower` looks at shapes alone, and spares small calls the rest
                 if one.slower is not None and one.slower(*args, **extended) is not None:
                     continue
                 if not touchable:
-                    if _untouchable(args, kwargs) is not None:
+                    if untouchable(args, kwargs) is not None:
                         break
                     touchable = True
                 if one.unfit is None or one.unfit(*args, **extended) is None:
@@ -225,7 +230,7 @@ class Op:
         device = _device(args, kwargs)
         if device not in _DEVICES[name]:
             return f"the tensors are on {device}; it takes those on {' or '.join(_DEVICES[name])}"
-        reason = "torch.compile is tracing" if _is_compiling() else _untouchable(args, kwargs)
+        reason = "torch.compile is tracing" if is_compiling() else untouchable(args, kwargs)
         if reason is None and one.unfit is not None:
             reason = one.unfit(*args, precision=_state.precision, **kwargs)
         return reason
@@ -273,6 +278,8 @@ class Op:
             return (
                 f"{module.__name__} has no function {stem}; reinstall hvpfast, so that all its parts are of one version"
             )
+        if name == "cpu" and hasattr(module, "cpu_calls"):
+            self._whole = take_compiled(module.cpu_calls(KNOWN), self.name)
         return _Implementation(
             run, getattr(module, f"{prefix}supports", None), getattr(module, f"{prefix}worthwhile", None)
         )
@@ -337,63 +344,6 @@ def _run(one: _Implementation, args: tuple, kwargs: dict):
     if kwargs.get("out") is not None:
         torch.autograd.graph.increment_version(kwargs["out"])
     return result
-
-
-_functorch_level = getattr(torch._C._functorch, "maybe_current_level", lambda: None)
-_graph_task = getattr(torch._C, "_current_graph_task_id", lambda: -1)  # -1: no backward pass is running
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda x: False)
-_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_jit_trace = getattr(torch._C, "_get_tracing_state", lambda: None)
-_is_compiling = torch.compiler.is_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_strided = torch.strided
-_Parameter = torch.nn.Parameter
-_SCALARS = frozenset((int, float, bool, str, type(None)))
-
-
-def _untouchable(args: tuple, kwargs: dict) -> str | None:
-    """Why no kernel may touch these tensors (only the reference can be differentiated, traced or transformed); that a compiler
-    traces is asked before."""
-    if _functorch_level() is not None:
-        return "the call is inside a torch.func transform (vmap, grad, jvp, ...)"
-    if forward_ad._current_level >= 0:
-        return "the call is inside forward-mode differentiation"
-    if _dispatch_modes():
-        return "a torch dispatch mode (make_fx, FakeTensorMode, FlopCounterMode, ...) watches the call"
-    if _jit_trace() is not None:
-        return "torch.jit.trace is tracing"
-    if _graph_task() != -1 and any(isinstance(x, Tensor) and _is_batched(x) for x in (*args, *kwargs.values())):
-        return "an argument stands for a batch (torch.autograd.grad with is_grads_batched)"
-    graph = _is_grad_enabled()
-    for value in (*args, *kwargs.values()) if kwargs else args:
-        kind = type(value)
-        if kind is Tensor or kind is _Parameter:  # the common case first: this runs on every call
-            if (graph and value.requires_grad) or value.layout is not _strided or value.is_neg():
-                return _why_untouchable(value, graph)
-        elif kind in _SCALARS:
-            continue
-        elif kind is list or kind is tuple:
-            for one in value:
-                reason = _why_untouchable(one, graph)
-                if reason is not None:
-                    return reason
-        elif isinstance(value, Tensor):
-            return _why_untouchable(value, graph)
-    return None
-
-
-def _why_untouchable(value: object, graph: bool) -> str | None:
-    if not isinstance(value, Tensor):
-        return None
-    if type(value) not in (Tensor, _Parameter):
-        return f"an argument is a {type(value).__name__}, not a plain tensor"
-    if graph and value.requires_grad:
-        return "an argument requires grad, and only the reference is differentiable"
-    if value.layout is not _strided:
-        return f"an argument has layout {value.layout}, not torch.strided"
-    if value.is_neg():
-        return "an argument is a lazily negated view; resolve_neg() makes it plain"
-    return None
 
 
 def _device(args: tuple, kwargs: dict) -> str:

@@ -15,7 +15,7 @@ from hvpfast.kernels.native_cpu import (
     _cpu_dtype_reason,
     _cpu_is_portable,
     _cpu_tier,
-    _cpu_uses_amx,
+    cpu_calls,  # noqa: F401 (re-exported)
 )
 from hvpfast.kernels.native_cuda import (  # noqa: F401 (re-exported: dispatch looks here)
     cuda_cg_update,
@@ -94,19 +94,11 @@ def cpu_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, pr
 
 def cpu_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
     features = x.shape[-1]
-    if features == 0:
+    if features == 0 or x.dtype not in _CPU_DTYPES:
         return None
-    if _cpu_is_portable():
-        return _CPU_PORTABLE
-    # Measured on one thread of a 2-core AVX-512 + AMX machine, 2026-11-21.
-    rows = x.numel() // features
-    if rows < 64 and features >= 96:
-        return "fewer than 64 rows of 96 features or more: both write the result, and little else is to do"
-    if rows < 128 and features >= 192 and not _cpu_uses_amx(x, precision):
-        return "fewer than 128 rows of 192 features or more, in full precision: torch's product is as fast"
-    if features <= 4 and rows >= (16384 if x.element_size() >= 4 else 1024):
-        return "at most 4 features: reading x is all there is, and torch's product does it at least as fast"
-    return None
+    return _modules["cpu"].gram_slower(
+        x.numel() // features, features, _CPU_DTYPES[x.dtype], _CPU_PRECISIONS[precision]
+    )
 
 
 def cpu_sample_gram(a, g, a2=None, g2=None, *, precision="auto"):

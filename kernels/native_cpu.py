@@ -29,3 +29,12 @@ def _cpu_uses_amx(x: torch.Tensor, precision: str) -> bool:
 
 def _cpu_dtype_reason(name: str, x: torch.Tensor) -> str:
     return f"{name} is {x.dtype}; the kernel reads float64, float32, bfloat16 and float16"
+
+
+def cpu_calls(known: dict[str, object]) -> object | None:
+    """The compiled module, which answers in C what is asked on every call, once it knows torch's objects; None if it is older."""
+    module = _modules["cpu"]
+    if not hasattr(module, "learn"):
+        return None
+    module.learn(known)
+    return module

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "hvpfast"
 # Each level may import those before it, and itself only within one part; see the layout in the README.
 LEVELS = (
     ("kernels",),
-    ("autocast", "heap"),
+    ("autocast", "heap", "untouchable"),
     ("arguments", "dispatch", "patches"),
     ("ops",),
     ("testing",),

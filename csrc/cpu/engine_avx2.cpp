@@ -53,6 +53,10 @@ struct Float256 {
         const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes));
     }
+    HVPFAST_INLINE void store_part(T* p, V v, int n) {
+        const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        _mm256_maskstore_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes), v);
+    }
     HVPFAST_INLINE __m128i half_part(const uint16_t* p, int n) {
         if (n >= W) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         alignas(16) uint16_t held[8] = {};
@@ -99,6 +103,9 @@ struct Double256 {
     HVPFAST_INLINE V load_part(const T* p, int n) {
         if (n >= W) return load(p);
         return _mm256_maskload_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)));
+    }
+    HVPFAST_INLINE void store_part(T* p, V v, int n) {
+        _mm256_maskstore_pd(p, _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)), v);
     }
     HVPFAST_INLINE V load_bf16(const uint16_t*, int) { return zero(); }  // float64 engines read float64 only
     HVPFAST_INLINE V load_f16(const uint16_t*, int) { return zero(); }

@@ -49,6 +49,7 @@ struct Float512 {
     HVPFAST_INLINE float from_f16(uint16_t bits) { return f16_to_float(bits); }
     HVPFAST_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
     HVPFAST_INLINE V load_part(const T* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+    HVPFAST_INLINE void store_part(T* p, V v, int n) { _mm512_mask_storeu_ps(p, first(n), v); }
     HVPFAST_INLINE V load_bf16(const uint16_t* p, int n) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
@@ -89,6 +90,7 @@ struct Double512 {
     HVPFAST_INLINE float from_bf16(uint16_t bits) { return bf16_to_float(bits); }
     HVPFAST_INLINE float from_f16(uint16_t bits) { return f16_to_float(bits); }
     HVPFAST_INLINE V load_part(const T* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+    HVPFAST_INLINE void store_part(T* p, V v, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), v); }
     HVPFAST_INLINE V load_bf16(const uint16_t*, int) { return zero(); }  // float64 engines read float64 only
     HVPFAST_INLINE V load_f16(const uint16_t*, int) { return zero(); }
     HVPFAST_INLINE bool turn(const T*, int64_t, int, T*, int64_t) { return false; }

@@ -159,6 +159,56 @@ struct Body {
         }
     }
 
+    // Rows [i + skip, i + R) of out, columns [j, j + NJ W) as far as there are any.
+    template <int NJ>
+    static void few_tile(const Flat<T>& x, int64_t k, int64_t i, int64_t skip, int64_t rows, int64_t j, T alpha, T beta, T* out, int64_t pitch) {
+        const int rest = int(least(W, x.features - j - (NJ - 1) * W));  // columns of the last strip
+        V acc[R][NJ];
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int s = 0; s < NJ; ++s) acc[r][s] = P::zero();
+        const T* row = x.data;
+        for (int64_t kk = 0; kk < k; ++kk, row += x.pitch) {
+            V right[NJ];
+#pragma GCC unroll 4
+            for (int s = 0; s < NJ; ++s) right[s] = s + 1 < NJ ? P::load(row + j + s * W) : P::load_part(row + j + s * W, rest);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const V left = P::broadcast(row + i + r);
+#pragma GCC unroll 4
+                for (int s = 0; s < NJ; ++s) acc[r][s] = P::fma(left, right[s], acc[r][s]);
+            }
+        }
+        T* to = out + (i + skip) * pitch + j;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) {
+            if (r < skip || r >= rows) continue;
+#pragma GCC unroll 4
+            for (int s = 0; s < NJ; ++s) {
+                const int n = s + 1 < NJ ? W : rest;
+                V value = acc[r][s];
+                if (alpha != 1) value = P::mul(value, P::broadcast(&alpha));
+                if (beta != 0) value = P::fma(P::broadcast(&beta), P::load_part(to + s * W, n), value);
+                if (n == W) P::store(to + s * W, value);
+                else P::store_part(to + s * W, value, n);
+            }
+            to += pitch;
+        }
+    }
+
+    static void few(const Flat<T>& x, int64_t k, int64_t first, int64_t last, double alpha, double beta, T* out, int64_t pitch) {
+        for (int64_t at = first; at < last; at += R) {
+            const int64_t i = most(0, least(at, x.features - R)), skip = at - i, rows = least(R, last - i);  // no row ends past x
+            for (int64_t j = 0; j < x.features; j += 3 * W) {
+                const int64_t strips = ceil_div(x.features - j, W);
+                if (strips >= 3) few_tile<3>(x, k, i, skip, rows, j, T(alpha), T(beta), out, pitch);
+                else if (strips == 2) few_tile<2>(x, k, i, skip, rows, j, T(alpha), T(beta), out, pitch);
+                else few_tile<1>(x, k, i, skip, rows, j, T(alpha), T(beta), out, pitch);
+            }
+        }
+    }
+
     static void walk(const void* left, const void* right, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over,
                      T* c) {
         const T* a = static_cast<const T*>(left) + left_row * W;
@@ -272,7 +322,7 @@ struct Body {
     static void nothing() {}
 
     static Engine<T> engine(Tier tier) {
-        return {kPanel, 1, true, tier, panel_bytes, pack, block, direct, walk, turn, row_squares, nothing, nothing};
+        return {kPanel, 1, true, tier, panel_bytes, pack, block, direct, few, R, walk, turn, row_squares, nothing, nothing};
     }
 };
 

@@ -76,6 +76,9 @@ struct Plain {
         for (int j = 0; j < n; ++j) v.lane[j] = p[j];
         return v;
     }
+    HVPFAST_INLINE void store_part(T* p, V v, int n) {
+        for (int j = 0; j < n; ++j) p[j] = v.lane[j];
+    }
     HVPFAST_INLINE V load_bf16(const uint16_t* p, int n) {
         V v{};
         for (int j = 0; j < n; ++j) v.lane[j] = T(bf16_to_float(p[j]));

@@ -8,6 +8,7 @@
 // while a part of the triangle is multiplied, and blocks fetch the panels that come after them.
 #include "engine.hpp"
 #include "kernels.hpp"
+#include "rowwise.hpp"
 #include "tiers.hpp"
 #include "triangle.hpp"
 #include "workspace.hpp"
@@ -188,6 +189,51 @@ bool gram_with(const Engine<T>& engine, const Rows& x, bool ones, double alpha, 
     return fits;
 }
 
+// Bytes that rows of values of `size` bytes reach from `data` on.
+int64_t reach(int64_t outer, int64_t outer_stride, int64_t inner, int64_t inner_stride, int64_t cols, int64_t col_stride, int64_t size) {
+    return ((outer - 1) * outer_stride + (inner - 1) * inner_stride + (cols - 1) * col_stride + 1) * size;
+}
+
+bool uses_amx(Dtype dtype, Precision precision) {
+    return tier_in_use() == Tier::amx && (dtype == Dtype::bf16 || (dtype == Dtype::f32 && precision != Precision::ieee));
+}
+
+// Few rows, or few of both: the whole result is multiplied out, straight to its place. A mirror image costs more than as many
+// products, and packing more than what it saves. Measured in float32; AMX is soon faster on bf16.
+bool few_rows(const Rows& x, const Out& out) {
+    const int64_t rows = x.rows();
+    return out.col_stride == 1 && (rows <= 16 || rows * out.rows <= (uses_amx(x.dtype, Precision::ieee) ? 2304 : 4224));
+}
+
+template <class T>
+void gram_few(const Engine<T>& engine, const Rowwise<T>& rowwise, const Rows& x, bool ones, double alpha, double beta, const Out& out,
+              int threads) {
+    const int64_t rows = x.rows(), width = out.rows, size = x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2;
+    Flat<T> flat{static_cast<const T*>(x.data), x.inner_stride, width};
+    const bool in_place = size == sizeof(T) && x.col_stride == 1 && x.outer == 1 && !ones && width >= engine.few_least &&
+                          apart(x, out);
+    if (!in_place) {
+        const int64_t pitch = ceil_div(width, engine.panel) * engine.panel;
+        T* const held = reinterpret_cast<T*>(workspace(rows * pitch * int64_t(sizeof(T))));
+        if (size == sizeof(T) && x.inner_stride == 1 && x.outer == 1)  // features after each other, each with its rows side by side
+            for (int64_t f = 0; f < x.cols; f += engine.panel)
+                engine.turn(flat.data + f * x.col_stride, x.col_stride, least(engine.panel, x.cols - f), rows, held + f, pitch);
+        else
+            for (int64_t r = 0; r < rows; ++r)
+                rowwise.widen(static_cast<const char*>(x.data) + ((r / x.inner) * x.outer_stride + (r % x.inner) * x.inner_stride) * size,
+                              x.dtype, x.col_stride, x.cols, held + r * pitch);
+        if (ones)
+            for (int64_t r = 0; r < rows; ++r) held[r * pitch + x.cols] = T(1);
+        flat.data = held, flat.pitch = pitch;
+    }
+    const int64_t step = engine.few_least, blocks = ceil_div(width, step);
+    if (width < 512 && rows * width * width < (in_place ? int64_t(1) << 20 : int64_t(1) << 21)) threads = 1;
+    parallel(int(least(threads, blocks)), [&](int index, int count) {
+        engine.few(flat, rows, blocks * index / count * step, least(width, blocks * (index + 1) / count * step), alpha, beta,
+                   static_cast<T*>(out.data), out.row_stride);
+    });
+}
+
 template <class T>
 void scale(const Out& out, double beta) {
     for (int64_t r = 0; r < out.rows; ++r)
@@ -199,11 +245,37 @@ void scale(const Out& out, double beta) {
 
 }  // namespace
 
+bool apart(const Rows& x, const Out& out) {
+    const int64_t size = x.dtype == Dtype::f64 ? 8 : x.dtype == Dtype::f32 ? 4 : 2;
+    const char *const from = static_cast<const char*>(x.data), *const to = static_cast<const char*>(out.data);
+    return from + reach(x.outer, x.outer_stride, x.inner, x.inner_stride, x.cols, x.col_stride, size) <= to ||
+           to + reach(1, 0, out.rows, out.row_stride, out.cols, out.col_stride, size == 8 ? 8 : 4) <= from;
+}
+
+// Measured on a 2-core AVX-512 + AMX machine, 2026-11-22.
+const char* gram_slower(int64_t rows, int64_t features, Dtype dtype, Precision precision) {
+    if (features == 0) return nullptr;
+    if (tier_in_use() == Tier::portable) return "this CPU offers only the portable tier, which is slower than torch's own kernels";
+    const bool half = dtype == Dtype::bf16 || dtype == Dtype::f16;
+    const bool small = features <= 256 && rows * features * features <= (half ? 1 << 20 : 1 << 19);
+    if (rows < 64 && features >= 96 && !small) return "fewer than 64 rows of many features: both write the result, and little else is to do";
+    if (rows < 128 && features >= 192 && !uses_amx(dtype, precision))
+        return "fewer than 128 rows of 192 features or more, in full precision: torch's product is as fast";
+    if (features <= 4 && rows >= (dtype == Dtype::f32 || dtype == Dtype::f64 ? 16384 : 1024))
+        return "at most 4 features: reading x is all there is, and torch's product does it at least as fast";
+    return nullptr;
+}
+
 void gram(const Rows& x, bool ones, double alpha, double beta, const Out& out, Precision precision, int threads) {
     if (!threads_allowed || threads < 1) threads = 1;
     const bool wide = x.dtype == Dtype::f64;
     if (x.rows() == 0 || out.rows == 0) return wide ? scale<double>(out, beta) : scale<float>(out, beta);
     const Tier tier = tier_in_use();
+    if (few_rows(x, out)) {
+        if (wide) gram_few(engine_f64(tier), rowwise_f64(tier), x, ones, alpha, beta, out, threads);
+        else gram_few(engine_f32(tier), rowwise_f32(tier), x, ones, alpha, beta, out, threads);
+        return;
+    }
     if (wide) {
         gram_with(engine_f64(tier), x, ones, alpha, beta, out, threads);
         return;

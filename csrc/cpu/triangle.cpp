@@ -41,6 +41,8 @@ void mirror_squares(const Triangle& shape, int index, int count, const T* square
     const auto turn = vector_engine(T()).turn;
     const int64_t panel = shape.panel, side = shape.patch(int64_t(sizeof(T))), pitch = side * panel;
     const bool stream = side > 1;
+    const bool plain = side == 1 && copies == 1 && alpha == 1 && beta == 0 && out.col_stride == 1;
+    const int64_t width = rowwise.width;  // lanes that `turn` takes at a time
     T *const straight = scratch, *const turned = scratch + pitch * pitch;
     int64_t before = 0;
     for (int64_t j0 = 0; j0 < shape.panels; j0 += side)
@@ -52,8 +54,14 @@ void mirror_squares(const Triangle& shape, int index, int count, const T* square
             for (int64_t j = j0; j < j_last; ++j)
                 for (int64_t i = i0; i < i_last && i <= j; ++i) {
                     const T* const from = squares + shape.at(i, j);
-                    T* const to = straight + (i - i0) * panel * pitch + (j - j0) * panel;
                     const int64_t ni = least(panel, out.rows - i * panel), nj = least(panel, out.cols - j * panel);
+                    if (plain && i != j) {  // both straight to their places
+                        T* const base = static_cast<T*>(out.data);
+                        rowwise.copy(from, panel, ni, nj, base + i * panel * out.row_stride + j * panel, out.row_stride, false);
+                        turn(from, panel, ni, nj, base + j * panel * out.row_stride + i * panel, out.row_stride);
+                        continue;
+                    }
+                    T* const to = straight + (i - i0) * panel * pitch + (j - j0) * panel;
                     for (int64_t r = 0; r < ni; ++r) {
                         T* const row = to + r * pitch;
                         for (int64_t c = 0; c < panel; ++c) row[c] = from[r * panel + c];
@@ -66,14 +74,19 @@ void mirror_squares(const Triangle& shape, int index, int count, const T* square
                             for (int64_t c = 0; c < panel; ++c) row[c] *= T(alpha);
                     }
                     if (i == j) {
-                        for (int64_t r = 0; r < ni; ++r)
-                            for (int64_t c = r + 1; c < nj; ++c) to[c * pitch + r] = to[r * pitch + c];
+                        for (int64_t r0 = 0; r0 < ni; r0 += width) {
+                            const int64_t last = least(r0 + width, ni);
+                            for (int64_t r = r0; r < last; ++r)
+                                for (int64_t c = r + 1; c < last; ++c) to[c * pitch + r] = to[r * pitch + c];
+                            if (last < ni) turn(to + r0 * pitch + last, pitch, width, ni - last, to + last * pitch + r0, pitch);
+                        }
                     } else {
                         T* const mirrored = i0 == j0 ? straight + (j - j0) * panel * pitch + (i - i0) * panel
                                                      : turned + (j - j0) * panel * pitch + (i - i0) * panel;
                         turn(to, pitch, ni, nj, mirrored, pitch);
                     }
                 }
+            if (plain && i0 != j0) continue;
             const int64_t rows = least(out.rows, i_last * panel) - i0 * panel, cols = least(out.cols, j_last * panel) - j0 * panel;
             write<T>(rowwise, straight, pitch, rows, cols, T(beta), out, i0 * panel, j0 * panel, stream);
             if (i0 != j0) write<T>(rowwise, turned, pitch, cols, rows, T(beta), out, j0 * panel, i0 * panel, stream);

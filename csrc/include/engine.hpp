@@ -78,6 +78,10 @@ struct Engine {
     // c (= or +=) a'b over `k` rows, for at most one panel of features each, unpacked. `upper`: on and above the diagonal
     // only. Reads up to a panel past the last row's end. `next`: whether the rows after these are fetched. Null on AMX.
     void (*direct)(Mode mode, const Flat<T>& a, const Flat<T>& b, int64_t k, bool upper, bool next, T* c);
+    // Rows [first, last) of out = beta out + alpha x'x, whole, over `k` unpacked rows of at least `few_least` features or with
+    // as much memory behind each; null on AMX. `out` (rows `pitch` apart) is not read if beta is 0, and not x.
+    void (*few)(const Flat<T>& x, int64_t k, int64_t first, int64_t last, double alpha, double beta, T* out, int64_t pitch);
+    int64_t few_least;
     // c += a'b over a walk that starts at packed rows `left_row` and `right_row`.
     void (*walk)(const void* a, const void* b, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over, T* c);
     // `lanes` (at most panel) arrays of `count` values, `apart` from each other, become rows: to[r * pitch + lane].

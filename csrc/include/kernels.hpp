@@ -8,6 +8,12 @@ namespace hvpfast {
 // out = beta out + alpha x'x, (x 1)'(x 1) with `ones`; out is not read if beta is 0.
 void gram(const Rows& x, bool ones, double alpha, double beta, const Out& out, Precision precision, int threads);
 
+// Whether x and out (of the dtype that x is summed in) share no memory.
+bool apart(const Rows& x, const Out& out);
+
+// Why torch's product is as fast for x (rows, features), or null.
+const char* gram_slower(int64_t rows, int64_t features, Dtype dtype, Precision precision);
+
 // A batch of matrices (batch, T, features), in elements of `dtype`.
 struct Batch {
     const void* data;
