@@ -219,9 +219,10 @@ PyObject* gram_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const Held made(given_out ? Py_NewRef(out) : new_square(x, width, rows.dtype != Dtype::f32 && !wide));
     if (made.at == nullptr) return nullptr;
     if (!given_out && (!viewed(made.at, view) || !out_of(view, wide, width, to))) return Py_NewRef(other);
-    const int threads = int(called(known.threads, 1));
+    const int64_t products = rows.rows() * width * width;
+    const int threads = products < (1 << 15) ? 1 : int(called(known.threads, 1));
     try {
-        if (rows.rows() * width * width <= kShort) gram(rows, ones, alpha, beta, to, precision, threads);
+        if (products <= kShort) gram(rows, ones, alpha, beta, to, precision, threads);
         else {
             struct Released {
                 PyThreadState* state = PyEval_SaveThread();

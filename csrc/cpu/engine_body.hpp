@@ -197,16 +197,19 @@ struct Body {
         }
     }
 
-    static void few(const Flat<T>& x, int64_t k, int64_t first, int64_t last, double alpha, double beta, T* out, int64_t pitch) {
+    static void few(const Flat<T>& x, int64_t k, int64_t first, int64_t last, bool upper, double alpha, double beta, T* out, int64_t pitch) {
         for (int64_t at = first; at < last; at += R) {
             const int64_t i = most(0, least(at, x.features - R)), skip = at - i, rows = least(R, last - i);  // no row ends past x
-            for (int64_t j = 0; j < x.features; j += 3 * W) {
+            for (int64_t j = upper ? at / W * W : 0; j < x.features; j += 3 * W) {
                 const int64_t strips = ceil_div(x.features - j, W);
                 if (strips >= 3) few_tile<3>(x, k, i, skip, rows, j, T(alpha), T(beta), out, pitch);
                 else if (strips == 2) few_tile<2>(x, k, i, skip, rows, j, T(alpha), T(beta), out, pitch);
                 else few_tile<1>(x, k, i, skip, rows, j, T(alpha), T(beta), out, pitch);
             }
         }
+        const int64_t right = (first / W + 1) * W;  // of the square on the diagonal
+        if (upper && right < x.features)
+            turn(out + first * pitch + right, pitch, last - first, x.features - right, out + right * pitch + first, pitch);
     }
 
     static void walk(const void* left, const void* right, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over,
@@ -322,7 +325,7 @@ struct Body {
     static void nothing() {}
 
     static Engine<T> engine(Tier tier) {
-        return {kPanel, 1, true, tier, panel_bytes, pack, block, direct, few, R, walk, turn, row_squares, nothing, nothing};
+        return {kPanel, 1, true, tier, panel_bytes, pack, block, direct, few, R, sizeof(T) == 4 && W % R == 0 ? W : 0, walk, turn, row_squares, nothing, nothing};
     }
 };
 

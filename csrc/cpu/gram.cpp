@@ -202,7 +202,8 @@ bool uses_amx(Dtype dtype, Precision precision) {
 // products, and packing more than what it saves. Measured in float32; AMX is soon faster on bf16.
 bool few_rows(const Rows& x, const Out& out) {
     const int64_t rows = x.rows();
-    return out.col_stride == 1 && (rows <= 16 || rows * out.rows <= (uses_amx(x.dtype, Precision::ieee) ? 2304 : 4224));
+    const int64_t most_values = uses_amx(x.dtype, Precision::ieee) ? 2304 : out.rows <= 48 ? 8448 : 4224;
+    return out.col_stride == 1 && (rows <= 16 || (rows <= 1024 && out.rows <= 8) || rows * out.rows <= most_values);
 }
 
 template <class T>
@@ -226,11 +227,23 @@ void gram_few(const Engine<T>& engine, const Rowwise<T>& rowwise, const Rows& x,
             for (int64_t r = 0; r < rows; ++r) held[r * pitch + x.cols] = T(1);
         flat.data = held, flat.pitch = pitch;
     }
-    const int64_t step = engine.few_least, blocks = ceil_div(width, step);
-    if (width < 512 && rows * width * width < (in_place ? int64_t(1) << 20 : int64_t(1) << 21)) threads = 1;
+    T* const to = static_cast<T*>(out.data);
+    const bool outer = rows == 1 && width >= 128 && alpha == 1 && beta == 0;
+    const bool upper = rows >= 8 && width <= 128 && beta == 0 && engine.few_square > 0;  // columns far apart share few sets of a cache
+    if (width < (outer ? 256 : 512) && rows * width * width < (in_place ? int64_t(1) << 20 : int64_t(1) << 21)) threads = 1;
+    const int64_t step = upper ? engine.few_square : engine.few_least, blocks = ceil_div(width, step);
+    constexpr int64_t kDepth = 256;  // a long sum is a sum of partial sums
     parallel(int(least(threads, blocks)), [&](int index, int count) {
-        engine.few(flat, rows, blocks * index / count * step, least(width, blocks * (index + 1) / count * step), alpha, beta,
-                   static_cast<T*>(out.data), out.row_stride);
+        const int64_t first = blocks * index / count * step, last = least(width, blocks * (index + 1) / count * step);
+        if (outer) return rowwise.outer(flat.data + first, last - first, flat.data, width, to + first * out.row_stride, out.row_stride, false);
+        if (upper && rows <= kDepth) {  // in turns: those that come first are longer
+            for (int64_t at = index * step; at < width; at += count * step)
+                engine.few(flat, rows, at, least(width, at + step), true, alpha, 0, to, out.row_stride);
+            return;
+        }
+        for (int64_t row = 0; row < rows; row += kDepth)
+            engine.few(Flat<T>{flat.data + row * flat.pitch, flat.pitch, width}, least(kDepth, rows - row), first, last, false, alpha,
+                       row == 0 ? beta : 1, to, out.row_stride);
     });
 }
 
@@ -257,7 +270,7 @@ const char* gram_slower(int64_t rows, int64_t features, Dtype dtype, Precision p
     if (features == 0) return nullptr;
     if (tier_in_use() == Tier::portable) return "this CPU offers only the portable tier, which is slower than torch's own kernels";
     const bool half = dtype == Dtype::bf16 || dtype == Dtype::f16;
-    const bool small = features <= 256 && rows * features * features <= (half ? 1 << 20 : 1 << 19);
+    const bool small = rows == 1 ? features <= 1024 : features <= 256 && rows * features * features <= (half ? 1 << 20 : 1 << 19);
     if (rows < 64 && features >= 96 && !small) return "fewer than 64 rows of many features: both write the result, and little else is to do";
     if (rows < 128 && features >= 192 && !uses_amx(dtype, precision))
         return "fewer than 128 rows of 192 features or more, in full precision: torch's product is as fast";

@@ -79,9 +79,10 @@ struct Engine {
     // only. Reads up to a panel past the last row's end. `next`: whether the rows after these are fetched. Null on AMX.
     void (*direct)(Mode mode, const Flat<T>& a, const Flat<T>& b, int64_t k, bool upper, bool next, T* c);
     // Rows [first, last) of out = beta out + alpha x'x, whole, over `k` unpacked rows of at least `few_least` features or with
-    // as much memory behind each; null on AMX. `out` (rows `pitch` apart) is not read if beta is 0, and not x.
-    void (*few)(const Flat<T>& x, int64_t k, int64_t first, int64_t last, double alpha, double beta, T* out, int64_t pitch);
-    int64_t few_least;
+    // as much memory behind each; null on AMX. `out` (rows `pitch` apart) is not read if beta is 0, and is not x. `upper`: those
+    // rows from the diagonal on, and as columns too; for `few_square` rows, of which `first` is a multiple, and beta 0.
+    void (*few)(const Flat<T>& x, int64_t k, int64_t first, int64_t last, bool upper, double alpha, double beta, T* out, int64_t pitch);
+    int64_t few_least, few_square;  // few_square: 0 if `upper` does not pay
     // c += a'b over a walk that starts at packed rows `left_row` and `right_row`.
     void (*walk)(const void* a, const void* b, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over, T* c);
     // `lanes` (at most panel) arrays of `count` values, `apart` from each other, become rows: to[r * pitch + lane].
