@@ -43,13 +43,20 @@ KNOWN = {
     "exchange": getattr(Tensor, "__dlpack_c_exchange_api__", None),
 }
 _plain: Callable | None = None
+_fits: Callable | None = None
 
 
 def take_compiled(calls: object, name: str) -> Callable | None:
-    """Ask the compiled questions from now on, where `calls` has them. Returns the compiled form of whole calls of `name`, or None."""
-    global _plain
-    _plain = getattr(calls, "plain", None)
+    """Ask the compiled questions from now on, where `calls` has them; returns the compiled form of `name`'s whole calls, if any."""
+    global _plain, _fits
+    _plain, _fits = getattr(calls, "plain", None), getattr(calls, "fits", None)
     return getattr(calls, f"{name}_call", None)
+
+
+def fits(letters: str, *tensors: object) -> bool:
+    """Whether all are floating CPU tensors of one dtype whose sizes are as "nti,mto" says, m a multiple of n: the usual case,
+    found out without a reason. False also where no compiled kernel has been asked for yet."""
+    return _fits is not None and not is_compiling() and _fits(letters, *tensors)
 
 
 def untouchable(args: tuple, kwargs: dict) -> str | None:

@@ -75,8 +75,12 @@ def cpu_sample_statistics_supports(a, g, c=None, *, precision="auto") -> str | N
 
 
 def cpu_sample_statistics_worthwhile(a, g, c=None, *, precision="auto") -> str | None:
-    slower = cpu_second_moment_worthwhile(a, g, precision=precision)
-    return cpu_sample_norms_squared_worthwhile(a, g, precision=precision) if slower is None else slower
+    if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
+        return _CPU_PORTABLE
+    t = a.shape[1]  # as second_moment, which is slower wherever sample_norms_squared is
+    if (t == 1 or t >= 256) and not _cpu_uses_amx(a, precision):
+        return _CPU_PLAIN_PRODUCT
+    return None
 
 
 def cpu_sample_grads(a, g, *, out=None, precision="auto"):

@@ -38,6 +38,8 @@ def cpu_norm_sample_stats_supports(x, g, *, kind=None, eps=0.0, mean=None, rstd=
         return _cpu_dtype_reason("g", g)
     if not hasattr(_modules["cpu"], "norm_sample_stats"):
         return "the compiled kernels are older than this file; build them again (pip install .)"
+    if mean is None and rstd is None:
+        return None
     over = 1 if _by_feature(g, kind) else 2
     for name, y in (("mean", mean), ("rstd", rstd)):
         if y is not None and y.shape[over] != 1:

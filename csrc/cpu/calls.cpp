@@ -1,6 +1,6 @@
 // What a call from Python passes before a kernel runs, in tenths of a microsecond: whether a kernel may touch the arguments
-// (`plain`), and calls of `gram` as a whole (`gram_call`). Both answer for the usual case only, and leave every other one,
-// errors included, to hvpfast.dispatch.
+// (`plain`), whether these fit together (`fits`), and calls of `gram` as a whole (`gram_call`). They answer for the usual case
+// only, and leave every other one, errors included, to hvpfast.
 //
 // A tensor's address, sizes and strides come from DLPack's C exchange functions, which torch offers from 2.10 on: one call
 // instead of five attributes, and no header of torch's.
@@ -124,6 +124,32 @@ bool dtype_of(const View& x, Dtype& dtype) {
     else if (x.kind == kBfloat && x.bits == 16) dtype = Dtype::bf16;
     else return false;
     return true;
+}
+
+// fits("nti,mto,oi", a, g, w): whether all are floating tensors of one dtype on the CPU, their axes of the sizes that the letters
+// stand for, and m a multiple of n. False: ask the op's own check, which knows the reasons.
+PyObject* fits(PyObject*, PyObject* const* given, Py_ssize_t count) {
+    if (count < 2 || known.exchange == nullptr) return Py_NewRef(Py_False);
+    const char* letter = PyUnicode_AsUTF8(given[0]);
+    if (letter == nullptr) return nullptr;
+    int64_t sizes[128];
+    for (int64_t& size : sizes) size = -1;
+    Dtype first{}, dtype{};
+    for (Py_ssize_t at = 1; at < count; ++at) {
+        View x;
+        if (!is_tensor(given[at]) || !viewed(given[at], x) || !dtype_of(x, dtype) || (at > 1 && dtype != first)) return Py_NewRef(Py_False);
+        first = dtype;
+        int32_t axis = 0;
+        for (; *letter != 0 && *letter != ','; ++letter, ++axis) {
+            int64_t& size = sizes[*letter & 127];
+            if (axis >= x.axes || (size >= 0 && size != x.shape[axis])) return Py_NewRef(Py_False);
+            size = x.shape[axis];
+        }
+        if (axis != x.axes) return Py_NewRef(Py_False);
+        letter += *letter == ',';
+    }
+    const int64_t m = sizes[int('m')], n = sizes[int('n')];
+    return Py_NewRef(n > 0 && m >= 0 && m % n != 0 ? Py_False : n == 0 && m > 0 ? Py_False : Py_True);
 }
 
 // x (..., I), at most three axes and some values, as rows.
@@ -282,6 +308,7 @@ PyObject* learn(PyObject*, PyObject* objects) {
 PyMethodDef functions[] = {
     {"learn", learn, METH_O, "The objects of torch that the calls below ask."},
     {"plain", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(plain)), METH_FASTCALL, "plain(args, kwargs): whether a kernel may touch them."},
+    {"fits", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(fits)), METH_FASTCALL, "fits(letters, *tensors): whether their axes are so."},
     {"gram_call", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(gram_call)), METH_FASTCALL,
      "gram_call(args, kwargs, precision): gram's result, or NotImplemented where dispatch must be asked."},
     {nullptr, nullptr, 0, nullptr},

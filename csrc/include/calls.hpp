@@ -5,7 +5,7 @@
 
 namespace hvpfast {
 
-// Adds `learn`, `plain` and `gram_call` to the module; false with a Python error set.
+// Adds `learn`, `plain`, `fits` and `gram_call` to the module; false with a Python error set.
 bool add_calls(PyObject* module);
 
 }  // namespace hvpfast

@@ -82,21 +82,27 @@ def softmax_root(logits: Tensor, v: Tensor, *, weight: Tensor | None = None, tra
 
 
 def _check_softmax_sample(logits, uniform, *, weight=None):
-    floats("softmax_sample", logits=logits)
-    floats("softmax_sample", uniform=uniform)
-    if uniform.device != logits.device:
+    usual = False  # found out without a call, as above
+    if type(logits) is Tensor is type(uniform) and logits.is_cpu and uniform.is_cpu:
+        usual = logits.dtype.is_floating_point and uniform.dtype.is_floating_point
+    if not usual:
+        floats("softmax_sample", logits=logits)
+        floats("softmax_sample", uniform=uniform)
+        if uniform.device != logits.device:
+            raise ValueError(
+                f"softmax_sample: logits are on {logits.device} but uniform is on {uniform.device}; move one of them"
+            )
+    of, shape = logits.shape, uniform.shape
+    rows = of[:-1]
+    if not of or (shape != rows and shape[1:] != rows) or len(shape) > len(of):
         raise ValueError(
-            f"softmax_sample: logits are on {logits.device} but uniform is on {uniform.device}; move one of them"
-        )
-    of, shape = tuple(logits.shape), tuple(uniform.shape)
-    if not of or (shape != of[:-1] and shape[1:] != of[:-1]) or len(shape) > len(of):
-        raise ValueError(
-            f"softmax_sample: logits have shape {of} and uniform {shape}; they must be (..., C) and (...,), or (K, ...) "
-            f"for K draws a row"
+            f"softmax_sample: logits have shape {tuple(of)} and uniform {tuple(shape)}; they must be (..., C) and (...,), "
+            f"or (K, ...) for K draws a row"
         )
     if weight is not None:
-        floats("softmax_sample", logits=logits, weight=weight)
-        if (*weight.shape, of[-1]) != of:
+        if not (usual and type(weight) is Tensor and weight.dtype is logits.dtype and weight.is_cpu):
+            floats("softmax_sample", logits=logits, weight=weight)
+        if weight.shape != rows:
             _misfit("softmax_sample", logits, weight)
 
 

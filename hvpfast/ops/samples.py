@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hvpfast.arguments import accumulate_dtype, alike, floats, output, usual
+from hvpfast.arguments import accumulate_dtype, alike, floats, output
 from hvpfast.dispatch import op
 from hvpfast.ops.shared import columns, pair, repeat, wide
+from hvpfast.untouchable import fits
 
 _CHUNK = 1 << 26  # elements of the largest temporary that a reference makes where it can choose: 256 MB in float32
 
@@ -171,6 +172,8 @@ def second_moment(a: Tensor, g: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def _check_sample_statistics(a, g, c=None):
+    if c is not None and fits("nti,mto,m", a, g, c):
+        return
     pair("sample_statistics", a, g)
     if c is not None:
         if not alike(a, c):
@@ -203,11 +206,7 @@ def _square(name: str, label: str, q: Tensor, size: int, like: Tensor) -> None:
 
 
 def _check_rotated_second_moment(a, g, qa, qg, *, out=None):
-    plain = usual(a, g, qa, qg) and len(a.shape) == len(g.shape) == 3
-    if plain:
-        (n, t, i), (m, positions, o) = a.shape, g.shape
-        plain = n > 0 and m % n == 0 and t == positions and qa.shape == (i, i) and qg.shape == (o, o)
-    if not plain:
+    if not fits("nti,mto,ii,oo", a, g, qa, qg):
         pair("rotated_second_moment", a, g)
         _square("rotated_second_moment", "qa", qa, a.shape[2], a)
         _square("rotated_second_moment", "qg", qg, g.shape[2], a)

@@ -10,15 +10,17 @@ from torch import Tensor
 from hvpfast.arguments import accumulate_dtype, alike, floats
 from hvpfast.dispatch import op
 from hvpfast.ops.shared import columns, pair, repeat, wide
+from hvpfast.untouchable import fits
 
 KINDS = (None, "layer", "rms")
 
 
 def _check_norm_sample_stats(x, g, *, kind=None, eps=0.0, mean=None, rstd=None):
     name = "norm_sample_stats"
-    pair(name, x, g)
-    if x.shape[2] != g.shape[2]:
-        raise ValueError(f"{name}: x has {x.shape[2]} features but g has {g.shape[2]}; they must be the same")
+    if not fits("nti,mti", x, g):
+        pair(name, x, g)
+        if x.shape[2] != g.shape[2]:
+            raise ValueError(f"{name}: x has {x.shape[2]} features but g has {g.shape[2]}; they must be the same")
     if kind not in KINDS:
         raise ValueError(f"{name}: kind is {kind!r}; it must be None, 'layer' or 'rms'")
     for label, one in (("mean", mean), ("rstd", rstd)):

@@ -12,7 +12,20 @@ from hvpfast.testing import LAYOUTS, assert_accurate, laid_out
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # One panel and less, its edges, several panels, several blocks of rows, more features than rows.
-SHAPES = ((1, 1), (3, 17), (17, 3), (63, 65), (129, 63), (300, 33), (127, 129), (1100, 50), (40, 300))
+SHAPES = (
+    (1, 1),
+    (3, 17),
+    (17, 3),
+    (63, 65),
+    (129, 63),
+    (300, 33),
+    (127, 129),
+    (1100, 50),
+    (40, 300),
+    (1, 130),
+    (600, 7),
+    (33, 120),
+)
 
 
 def draw(shape, dtype, layout="contiguous", seed=0):
