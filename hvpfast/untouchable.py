@@ -47,7 +47,7 @@ _fits: Callable | None = None
 
 
 def take_compiled(calls: object, name: str) -> Callable | None:
-    """Ask the compiled questions from now on, where `calls` has them; returns the compiled form of `name`'s whole calls, if any."""
+    """Ask the compiled questions from now on, where `calls` has them. Returns the compiled form of whole calls of `name`."""
     global _plain, _fits
     _plain, _fits = getattr(calls, "plain", None), getattr(calls, "fits", None)
     return getattr(calls, f"{name}_call", None)
