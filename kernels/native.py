@@ -96,8 +96,9 @@ def cpu_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, 
     features = x.shape[-1]
     if features == 0 or x.dtype not in _CPU_DTYPES:
         return None
+    turned = x.dim() == 2 and x.stride(0) == 1 and features > 1 and x.stride(1) != 1
     return _modules["cpu"].gram_slower(
-        x.numel() // features, features, _CPU_DTYPES[x.dtype], _CPU_PRECISIONS[precision]
+        x.numel() // features, features, turned, _CPU_DTYPES[x.dtype], _CPU_PRECISIONS[precision]
     )
 
 

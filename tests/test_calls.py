@@ -27,7 +27,7 @@ def draw(*shape, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("shape", ((7,), (1, 5), (9, 33), (3, 4, 17), (16, 700)), ids=str)
+@pytest.mark.parametrize("shape", ((7,), (1, 5), (9, 33), (3, 4, 17), (16, 700), (2050, 8)), ids=str)
 def test_a_whole_call_is_the_op(shape, dtype):
     x = draw(*shape, dtype=dtype)
     for given in (x, torch.cat([x, x], -1)[..., : shape[-1]], x.mT.contiguous().mT if x.dim() > 1 else x):

@@ -102,8 +102,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         conv_gram(shape, alpha, beta, to, Precision(precision), threads, ConvForm(form));
     });
-    m.def("gram_slower", [](int64_t rows, int64_t features, int dtype, int precision) {
-        return gram_slower(rows, features, Dtype(dtype), Precision(precision));
+    m.def("gram_slower", [](int64_t rows, int64_t features, bool turned, int dtype, int precision) {
+        return gram_slower(rows, features, turned, Dtype(dtype), Precision(precision));
     }, "Why torch is as fast at this size, or None.");
     if (!add_calls(m.ptr())) throw py::error_already_set();
     tier_in_use();  // a tier forced by HVPFAST_CPU that cannot run fails the import, saying why

@@ -231,7 +231,8 @@ PyObject* gram_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const bool wide = rows.dtype == Dtype::f64;
     const int64_t width = rows.cols + ones;
     if (given_out && (!viewed(out, view) || !out_of(view, wide, width, to))) return Py_NewRef(other);
-    const bool slower = gram_slower(rows.rows(), rows.cols, rows.dtype, precision) != nullptr;
+    const bool turned = rows.col_stride != 1 && view_of_x.axes == 2 && rows.inner_stride == 1;
+    const bool slower = gram_slower(rows.rows(), rows.cols, turned, rows.dtype, precision) != nullptr;
     if (slower) {
         const bool as_it_is = view_of_x.axes == 2 && int(rows.dtype) < 2 && !ones && alpha == 1 && beta == 0;
         if (!as_it_is || (given_out && !apart(rows, to)) || !is(PyObject_CallNoArgs(known.autocast), Py_False)) return Py_NewRef(other);

@@ -266,7 +266,7 @@ bool apart(const Rows& x, const Out& out) {
 }
 
 // Measured on a 2-core AVX-512 + AMX machine, 2026-11-22.
-const char* gram_slower(int64_t rows, int64_t features, Dtype dtype, Precision precision) {
+const char* gram_slower(int64_t rows, int64_t features, bool turned, Dtype dtype, Precision precision) {
     if (features == 0) return nullptr;
     if (tier_in_use() == Tier::portable) return "this CPU offers only the portable tier, which is slower than torch's own kernels";
     const bool half = dtype == Dtype::bf16 || dtype == Dtype::f16;
@@ -276,6 +276,8 @@ const char* gram_slower(int64_t rows, int64_t features, Dtype dtype, Precision p
         return "fewer than 128 rows of 192 features or more, in full precision: torch's product is as fast";
     if (features <= 4 && rows >= (dtype == Dtype::f32 || dtype == Dtype::f64 ? 16384 : 1024))
         return "at most 4 features: reading x is all there is, and torch's product does it at least as fast";
+    if (turned && !half && (features <= 8 ? rows >= 1024 : features <= 16 && rows >= 4096))
+        return "at most 16 features, the rows of each side by side: torch's product reads them in order, packing turns them first";
     return nullptr;
 }
 

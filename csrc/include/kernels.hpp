@@ -11,8 +11,8 @@ void gram(const Rows& x, bool ones, double alpha, double beta, const Out& out, P
 // Whether x and out (of the dtype that x is summed in) share no memory.
 bool apart(const Rows& x, const Out& out);
 
-// Why torch's product is as fast for x (rows, features), or null.
-const char* gram_slower(int64_t rows, int64_t features, Dtype dtype, Precision precision);
+// Why torch's product is as fast for x (rows, features), or null. `turned`: rows, and not features, lie side by side.
+const char* gram_slower(int64_t rows, int64_t features, bool turned, Dtype dtype, Precision precision);
 
 // A batch of matrices (batch, T, features), in elements of `dtype`.
 struct Batch {
