@@ -117,10 +117,14 @@ def main() -> None:
     print("| figure | ours, ms | in gradients | what it cannot do without, in gradients |\n|---|---|---|---|")
     for row in rows():
         calls = {"ours": row.call, "needed": lambda row=row: needed(row), "gradient": lambda row=row: gradient(row)}
-        outcome = hold({name: (lambda call=call: call) for name, call in calls.items()}, lambda name, result: None, pace)
+        outcome = hold(
+            {name: (lambda call=call: call) for name, call in calls.items()}, lambda name, result: None, pace
+        )
         ours, least = (1 / outcome.ratio(name, "gradient") for name in ("ours", "needed"))
         print(f"| {row.name} | {1e3 * outcome.median('ours'):.1f} | {ours:.2f} | {least:.2f} |", flush=True)
-    print("\nTFLOP/s of `gram`'s own products (a triangle; three for bf16x3) and of torch's bfloat16 product (a square):\n")
+    print(
+        "\nTFLOP/s of `gram`'s own products (a triangle; three for bf16x3) and of torch's bfloat16 product (a square):\n"
+    )
     print("| X | bf16x3 | bfloat16 data | torch, bfloat16 | ours on bfloat16 over torch's |\n|---|---|---|---|---|")
     for n, d in ((8192, 1024), (8192, 2048), (4096, 4096)):
         print(products(n, d, pace), flush=True)

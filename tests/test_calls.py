@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hvpfast import ops, untouchable
 from hvpfast.dispatch import precision
@@ -41,7 +42,7 @@ def test_a_whole_call_is_the_op(shape, dtype):
         if result is not NotImplemented:
             assert result is out
             assert_accurate(out, ops.gram, x, out=held, ones_column=True, alpha=0.5, beta=-2.0, precision="bf16x3")
-    assert shape[-1] > 96 or result is not NotImplemented
+    assert shape[-1] > 96 or shape[0] > 1000 or result is not NotImplemented
 
 
 def test_what_it_leaves_to_dispatch():
@@ -61,7 +62,7 @@ def test_what_it_leaves_to_dispatch():
     torch.func.vmap(lambda y: (seen.append(whole(x)), y)[1])(x)
     with torch.autograd.forward_ad.dual_level():
         seen.append(whole(x))
-    with torch.utils.flop_counter.FlopCounterMode(display=False):
+    with FlopCounterMode(display=False):
         seen.append(whole(x))
     assert seen == [NotImplemented] * 3
 
