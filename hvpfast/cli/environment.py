@@ -22,6 +22,7 @@ def versions() -> dict[str, str | None]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
+    found["torch"] = str(torch.__version__)  # with what it is built for, which its metadata leave out
     return found
 
 
