@@ -7,6 +7,7 @@ backward passes to layers' outputs (no weight's gradient), and the products that
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Row(NamedTuple):
 
 def _linear(widths: list[int], n: int) -> Workload:
     torch.manual_seed(0)
-    layers = [part for i, o in zip(widths, widths[1:], strict=False) for part in (nn.Linear(i, o), nn.ReLU())]
+    layers = [part for i, o in itertools.pairwise(widths) for part in (nn.Linear(i, o), nn.ReLU())]
     data = torch.randn(n, widths[0]), torch.randint(0, widths[-1], (n,))
     return Workload(nn.Sequential(*layers[:-1]), nn.CrossEntropyLoss(), data)
 
@@ -92,21 +93,27 @@ def gradient(row: Row) -> None:
 
 
 def products(n: int, d: int, pace: Pace) -> str:
-    """How fast `gram` and torch's bfloat16 product multiply: both run on AMX where there is AMX."""
+    """How fast `gram` and torch's products multiply: all but torch's in float32 run on AMX, where there is AMX."""
     x = torch.randn(n, d)
-    half, own, theirs = x.bfloat16(), torch.empty(d, d), torch.empty(d, d, dtype=torch.bfloat16)
+    half, own, full, theirs = (
+        x.bfloat16(),
+        torch.empty(d, d),
+        torch.empty(d, d),
+        torch.empty(d, d, dtype=torch.bfloat16),
+    )
     calls = {
+        "float32": lambda: torch.mm(x.T, x, out=full),
         "torch": lambda: torch.mm(half.T, half, out=theirs),
         "bf16": lambda: hf.ops.gram(half, out=own),
         "bf16x3": lambda: hf.ops.gram(x, out=own),
     }
     outcome = hold({name: (lambda call=call: call) for name, call in calls.items()}, lambda name, result: None, pace)
     triangle = n * d * (d + 1)
-    flops = {"torch": 2 * n * d * d, "bf16": triangle, "bf16x3": 3 * triangle}
+    flops = {"float32": 2 * n * d * d, "torch": 2 * n * d * d, "bf16": triangle, "bf16x3": 3 * triangle}
     rates = {name: flops[name] / outcome.median(name) / 1e12 for name in calls}
     return (
         f"| N={n}, {d} features | {rates['bf16x3']:.2f} | {rates['bf16']:.2f} | {rates['torch']:.2f} "
-        f"| {outcome.ratio('bf16', 'torch') * flops['bf16'] / flops['torch']:.2f}x |"
+        f"| {rates['float32']:.2f} | {rates['bf16x3'] / 3 / rates['float32']:.2f}x | {rates['bf16'] / rates['torch']:.2f}x |"
     )
 
 
@@ -123,9 +130,11 @@ def main() -> None:
         ours, least = (1 / outcome.ratio(name, "gradient") for name in ("ours", "needed"))
         print(f"| {row.name} | {1e3 * outcome.median('ours'):.1f} | {ours:.2f} | {least:.2f} |", flush=True)
     print(
-        "\nTFLOP/s of `gram`'s own products (a triangle; three for bf16x3) and of torch's bfloat16 product (a square):\n"
+        "\nTFLOP/s of `gram`'s own products (a triangle; three for bf16x3) and of torch's (a square), what a square in bf16x3 "
+        "at gram's rate gains over torch's in float32, and gram's rate on bfloat16 data over torch's:\n"
     )
-    print("| X | bf16x3 | bfloat16 data | torch, bfloat16 | ours on bfloat16 over torch's |\n|---|---|---|---|---|")
+    print("| X | bf16x3 | bfloat16 data | torch, bfloat16 | torch, float32 | a square gains | over torch's |")
+    print("|---|---|---|---|---|---|---|")
     for n, d in ((8192, 1024), (8192, 2048), (4096, 4096)):
         print(products(n, d, pace), flush=True)
 
