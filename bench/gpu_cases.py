@@ -20,7 +20,7 @@ from torch import Tensor  # noqa: E402
 from hvpfast import dispatch  # noqa: E402
 
 sys.path.append(str(Path(__file__).parents[1]))  # after the installed hvpfast: for the other modules of bench
-from bench.cases import FORMULATIONS  # noqa: E402
+from bench.formulations import FORMULATIONS  # noqa: E402
 
 DEVICE = "cpu" if REHEARSAL else "cuda"
 BACKENDS = ("cpu", "triton") if REHEARSAL else ("triton", "cuda")
@@ -99,7 +99,7 @@ def compiled(
 
 
 def formulations(op: str, group: str, args: tuple, kwargs: dict, flops: float, size: float) -> Iterator[Timed]:
-    """torch's own ways to an op's result (bench/cases.py), einsum left out: cuBLAS in bf16, TF32 and float32."""
+    """torch's own ways to an op's result (bench/formulations.py), einsum left out: cuBLAS in bf16, TF32 and float32."""
     narrow, less = _converted(args), {key: _converted(value) for key, value in kwargs.items()}
     for name, call in FORMULATIONS.get(op, {}).items():
         if "einsum" in name:
