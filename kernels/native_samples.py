@@ -53,13 +53,16 @@ def cpu_second_moment_supports(a, g, *, out=None, precision="auto") -> str | Non
     return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
 
 
-def cpu_second_moment_worthwhile(a, g, *, out=None, precision="auto") -> str | None:
+def _cpu_moments_worthwhile(a, g, c=None, *, out=None, precision="auto") -> str | None:
     if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
         return _CPU_PORTABLE
     t = a.shape[1]
     if (t == 1 or t >= 256) and not _cpu_uses_amx(a, precision):
         return _CPU_PLAIN_PRODUCT
     return None
+
+
+cpu_second_moment_worthwhile = _cpu_moments_worthwhile
 
 
 def cpu_sample_statistics(a, g, c=None, *, precision="auto"):
@@ -74,13 +77,7 @@ def cpu_sample_statistics_supports(a, g, c=None, *, precision="auto") -> str | N
     return None if a.dtype in _CPU_DTYPES else _cpu_dtype_reason("a", a)
 
 
-def cpu_sample_statistics_worthwhile(a, g, c=None, *, precision="auto") -> str | None:
-    if (_cpu_tier[0] == "portable") if _cpu_tier else _cpu_is_portable():
-        return _CPU_PORTABLE
-    t = a.shape[1]  # as second_moment, which is slower wherever sample_norms_squared is
-    if (t == 1 or t >= 256) and not _cpu_uses_amx(a, precision):
-        return _CPU_PLAIN_PRODUCT
-    return None
+cpu_sample_statistics_worthwhile = _cpu_moments_worthwhile  # sample_norms_squared is slower nowhere else
 
 
 def cpu_sample_grads(a, g, *, out=None, precision="auto"):
