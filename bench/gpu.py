@@ -241,6 +241,17 @@ def validate_eigh(report: Report, only: str) -> int:
     return len(row["failures"])
 
 
+def validate_graphs(report: Report, only: str) -> int:
+    """Operators' products from CUDA graphs against those without; returns the count of failures."""
+    if not re.search(only, "cuda_graphs"):
+        return 0
+    poison_free_memory()
+    cases, failures = gpu_operators.graphs_hold()
+    report.add("validation", {"op": "cuda_graphs", "backend": "cuda", "cases": cases, "failures": failures})
+    print(f"{'cuda_graphs':<22}{'cuda':<21}{cases:>4} cases  {f'FAILED {failures}' if failures else 'ok'}", flush=True)
+    return len(failures)
+
+
 # times ----------------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +306,7 @@ def main() -> int:
     report.add("ceilings", roof)
     print("ceilings:", {name: "rehearsed" if value is None else f"{value:.3e}" for name, value in roof.items()})
     failures = validate(report, LARGE, ("contiguous",), only, start + 0.4 * seconds) + validate_eigh(report, only)
+    failures += validate_graphs(report, only)
     measure(report, roof, start + 0.8 * seconds, only)
     odd, layouts = (ODD[:3], ("contiguous",)) if REHEARSAL else ((*ODD, ALIGNED), testing.LAYOUTS)
     failures += validate(report, odd, layouts, only, start + seconds)

@@ -12,7 +12,7 @@ from hvpfast.capture import (
     per_sample_gram,
     record,
 )
-from hvpfast.dispatch import BackendError, backend, backends, precision
+from hvpfast.dispatch import BackendError, backend, backends, cuda_graphs, precision
 from hvpfast.operators import EKFAC, GGN, KFAC, EmpiricalFisher, Hessian, Identity, LinearOperator
 from hvpfast.probes import (
     Density,

@@ -21,6 +21,7 @@ from hvpfast.untouchable import KNOWN, is_compiling, take_compiled, untouchable
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PRECISIONS = ("auto", "ieee", "bf16x3", "bf16")
+GRAPHS = ("off", "auto", "required")
 _AUTO = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # order of preference by device; the reference comes last
 _DEVICES = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "cpu")}  # cpu: under Triton's interpreter
 
@@ -30,12 +31,13 @@ OPS: dict[str, Op] = {}
 class _State:
     """What is forced now: one for the process, so that autograd's own threads see it too."""
 
-    __slots__ = ("backend", "precision")
+    __slots__ = ("backend", "graphs", "precision")
 
     def __init__(self):
         self.backend: str | None = _valid("HVPFAST_BACKEND", os.environ.get("HVPFAST_BACKEND", "auto"), BACKENDS)
         self.precision: str = _valid("HVPFAST_PRECISION", os.environ.get("HVPFAST_PRECISION", "auto"), PRECISIONS[1:])
         self.precision = self.precision or "auto"
+        self.graphs = _graphs("HVPFAST_CUDA_GRAPHS", os.environ.get("HVPFAST_CUDA_GRAPHS", "off"))
 
 
 def _valid(what: str, name: str | None, names: tuple[str, ...]) -> str | None:
@@ -44,6 +46,12 @@ def _valid(what: str, name: str | None, names: tuple[str, ...]) -> str | None:
     if name not in names:
         raise ValueError(f"{what}: got {name!r}; it must be one of {', '.join(('auto', *names))}")
     return name
+
+
+def _graphs(what: str, mode: str) -> str:
+    if mode not in GRAPHS:
+        raise ValueError(f"{what}: got {mode!r}; it must be one of {', '.join(GRAPHS)}")
+    return mode
 
 
 _state = _State()
@@ -75,6 +83,11 @@ def backend(name: str | None) -> _Forced:
     return _Forced("backend", _valid("backend", name, BACKENDS))
 
 
+def backend_in_use() -> str | None:
+    """What `backend` or `HVPFAST_BACKEND` forced, or None."""
+    return _state.backend
+
+
 def precision_in_use() -> str:
     """What `precision` or `HVPFAST_PRECISION` set, else "auto"."""
     return _state.precision
@@ -98,8 +111,37 @@ def precision(name: str) -> _Forced:
     return _Forced("precision", _valid("precision", name, PRECISIONS[1:]) or "auto")
 
 
+def graphs_in_use() -> str:
+    """What `cuda_graphs` or `HVPFAST_CUDA_GRAPHS` set, else "off"."""
+    return _state.graphs
+
+
+def cuda_graphs(mode: str = "auto") -> _Forced:
+    """Let products with `Hessian`, `GGN` and `EmpiricalFisher` on a CUDA device be replayed from CUDA graphs, within a `with`
+    block. Not yet measured on a GPU, and so off by default.
+
+    The first product linearises the batches (on a stream of its own) and runs as ever. The next with as many columns is captured,
+    batch by batch, and the first replay compared with what it gave; from then on a batch's product is one launch, where a small
+    model's takes hundreds. Changed parameters, buffers, modes or data are noticed as ever, and all is made anew, as it is for
+    products on the other side of a `with`.
+
+    Memory: for every number of columns K that is captured, the vectors (K P numbers) and each batch's result (as many), in what
+    linearisations leave of `HVPFAST_CACHE_BYTES`; beside it a pool with the temporaries of a product.
+
+    Args:
+        mode: "auto": where something cannot be captured (a loss that reads values back, what does not fit in the memory above,
+            an output or a loss still held, whose graph ends in the same parameters on another stream), products go on without,
+            after a warning that says why; so does `operator.graphs.reason`, until `operator.release()`. Does nothing on a CPU.
+            "required": `BackendError` instead, on a CPU too. "off": the default. `HVPFAST_CUDA_GRAPHS` sets it for the process.
+
+    Raises:
+        ValueError: for any other mode.
+    """
+    return _Forced("graphs", _graphs("cuda_graphs", mode))
+
+
 class BackendError(RuntimeError):
-    """A backend was asked for by name and cannot run the op with these arguments."""
+    """A backend was asked for by name, or CUDA graphs were required, and cannot run what it was asked for."""
 
 
 @dataclass(frozen=True)

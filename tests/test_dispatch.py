@@ -261,10 +261,13 @@ def test_refusals_of_the_questions():
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     (
-        ("HVPFAST_BACKEND", "reference", "reference auto"),
-        ("HVPFAST_BACKEND", "auto", "None auto"),
-        ("HVPFAST_PRECISION", "ieee", "None ieee"),
-        ("HVPFAST_PRECISION", "auto", "None auto"),
+        ("HVPFAST_BACKEND", "reference", "reference auto off"),
+        ("HVPFAST_BACKEND", "auto", "None auto off"),
+        ("HVPFAST_PRECISION", "ieee", "None ieee off"),
+        ("HVPFAST_PRECISION", "auto", "None auto off"),
+        ("HVPFAST_CUDA_GRAPHS", "auto", "None auto auto"),
+        ("HVPFAST_CUDA_GRAPHS", "required", "None auto required"),
+        ("HVPFAST_CUDA_GRAPHS", "1", "HVPFAST_CUDA_GRAPHS: got '1'; it must be one of off, auto, required"),
         (
             "HVPFAST_BACKEND",
             "fast",
@@ -274,7 +277,7 @@ def test_refusals_of_the_questions():
     ),
 )
 def test_environment(clean_env, variable, value, expected):
-    code = "from hvpfast.dispatch import _state as s; print(s.backend, s.precision)"
+    code = "from hvpfast.dispatch import _state as s; print(s.backend, s.precision, s.graphs)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**clean_env, variable: value}, capture_output=True, text=True
     )

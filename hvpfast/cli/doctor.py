@@ -85,7 +85,7 @@ def _build() -> Iterator[tuple[str, str]]:
                     yield f"cpu {name}", _shown(asked())
                 except TypeError:  # needs arguments: not a question that we can ask
                     continue
-    for name in ("HVPFAST_BACKEND", "HVPFAST_PRECISION", "HVPFAST_TABLES", "TRITON_INTERPRET"):
+    for name in ("HVPFAST_BACKEND", "HVPFAST_PRECISION", "HVPFAST_CUDA_GRAPHS", "HVPFAST_TABLES", "TRITON_INTERPRET"):
         if name in os.environ:
             yield name, os.environ[name]
 

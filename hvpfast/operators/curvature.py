@@ -14,6 +14,7 @@ from hvpfast.capture.data import Batch, tensors_in
 from hvpfast.capture.errors import NonFiniteError, StateError
 from hvpfast.capture.problem import Evaluated, Problem, finite
 from hvpfast.capture.state import preserved, twice_differentiable
+from hvpfast.operators.graphs import Graphs
 from hvpfast.operators.linear import LinearOperator, chunks
 
 # Memory for kept linearisations; beyond it a product reads the data and runs the model again, batch by batch.
@@ -35,7 +36,11 @@ class Piece(Protocol):
 
 
 class Curvature(LinearOperator):
-    """A curvature matrix of a model's loss over data: `sum_b D_b C_b / sum_b D_b` for a mean, `sum_b C_b` for a sum."""
+    """A curvature matrix of a model's loss over data: `sum_b D_b C_b / sum_b D_b` for a mean, `sum_b C_b` for a sum.
+
+    Attributes:
+        graphs: the CUDA graphs of products, under `hvpfast.cuda_graphs`.
+    """
 
     _per_sample = True
 
@@ -45,6 +50,7 @@ class Curvature(LinearOperator):
         self._kept: list[tuple[Piece, Batch, float]] | None = None
         self._state: tuple | None = None
         self._keeps, self._verified, self._scale = True, False, 1.0
+        self.graphs, self._graphed = Graphs(type(self).__name__, self.space), False
 
     def _evaluated(self, batch: Batch) -> Evaluated:
         """Run the model on one batch."""
@@ -57,10 +63,13 @@ class Curvature(LinearOperator):
     def release(self) -> None:
         """Drop what is kept between products (graphs, activations); the next product builds it anew."""
         self._kept, self._state = None, None
+        self.graphs.forget()
+        self.graphs.reason = None
 
     def _rows(self, rows: Tensor) -> Tensor:
         with torch.inference_mode(False):  # tensors made in inference mode cannot enter a graph
-            return self._sum_over_batches(rows.clone() if rows.is_inference() else rows)
+            rows, self._graphed = rows.clone() if rows.is_inference() else rows, self.graphs.asked()
+            return self.graphs.beside(self._sum_over_batches, rows) if self._graphed else self._sum_over_batches(rows)
 
     def _sum_over_batches(self, rows: Tensor) -> Tensor:
         if not finite(rows):
@@ -74,16 +83,23 @@ class Curvature(LinearOperator):
             for piece, batch, weight in pieces:
                 factor = 1.0 if single else weight
                 for columns in chunks(len(rows), self._width(piece)):
-                    results = self._product(piece, [part[columns] for part in parts], batch)
-                    self.problem.check_finite(results, batch, "product")
-                    for view, result in zip(views, results, strict=True):
+                    whole = self._replayed(piece, rows[columns], batch) if self._graphed else None
+                    if whole is None:
+                        results = self._product(piece, [part[columns] for part in parts], batch)
+                        into = [view[columns] for view in views]
+                    else:
+                        results, into = [whole], [total[columns]]
+                    for view, result in zip(into, results, strict=True):
                         if weights:
                             if result is not None:
-                                view[columns].add_(result, alpha=factor)
+                                view.add_(result, alpha=factor)
                         elif result is None:
-                            view[columns].zero_()
+                            view.zero_()
                         else:
-                            view[columns].copy_(result if factor == 1 else result * factor)
+                            view.copy_(result if factor == 1 else result * factor)
+                    if not finite(total[columns]):  # one read for all parameters; which of them it is, only then
+                        shares = results if whole is None else self.space.split(whole)
+                        self.problem.check_finite(shares, batch, "product")
                 weights.append(weight)
                 unreached -= {name for name, reached in zip(self.space.names, piece.reached, strict=True) if reached}
         if not weights:
@@ -110,6 +126,12 @@ class Curvature(LinearOperator):
                 ) from error
             raise
 
+    def _replayed(self, piece: Piece, rows: Tensor, batch: Batch) -> Tensor | None:
+        """The product, all parameters in one, from a CUDA graph; None where there is none."""
+        return self.graphs.product(
+            piece, rows, lambda parts: self._product(piece, parts, batch), self._kept is not None
+        )
+
     def _pieces(self) -> Iterator[tuple[Piece, Batch, float]]:
         """Every batch's piece and weight: the kept ones if they are still those of the model and the data as they are."""
         self.problem.check_state()
@@ -122,6 +144,7 @@ class Curvature(LinearOperator):
             yield from self._kept
             return
         self._kept = None
+        self.graphs.forget()
         kept: list[tuple[Piece, Batch, float]] = []
         self._keeps = self._keeps and CACHE_BYTES > 0
         room = CACHE_BYTES if self._keeps else 0
@@ -138,12 +161,15 @@ class Curvature(LinearOperator):
                         self._keeps, kept = False, []
                 yield piece, batch, evaluated.weight
                 del piece, evaluated
+        if self._graphed and not self._keeps:
+            self.graphs.stop("the batches' linearisations, which would be kept, do not fit in HVPFAST_CACHE_BYTES")
         if self._keeps:
+            self.graphs.room = room
             self._kept, self._state = kept, self._model_state()
             self._verified = self.problem.data.in_memory or self.problem.data.passes > 1
 
     def _model_state(self) -> tuple:
-        """Changes whenever a parameter, a buffer, a submodule's mode, or in-memory data do."""
+        """Changes whenever a parameter, a buffer, a submodule's mode, in-memory data, or the use of CUDA graphs do."""
         parameters, tensors, modes = [], [], []
         for module in self.problem.model.modules():
             modes.append(module.training)
@@ -152,7 +178,7 @@ class Curvature(LinearOperator):
         with torch.no_grad():  # the norms catch writes through `.data`, which leave the version alone
             norms = torch.stack([x.float() for x in torch._foreach_norm(parameters)]).tolist()
         marks = [(x.data_ptr(), x._version) for x in (*parameters, *tensors)]
-        return norms, marks, modes, self.problem.data.versions()
+        return norms, marks, modes, self.problem.data.versions(), self._graphed
 
     def _width(self, piece: Piece) -> int:
         """How many columns go through one graph together."""

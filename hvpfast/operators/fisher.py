@@ -66,8 +66,8 @@ class EmpiricalFisher(OutputCurvature):
             self._last = index
         return piece
 
-    def _rows(self, rows: Tensor) -> Tensor:
-        product = super()._rows(rows)
+    def _sum_over_batches(self, rows: Tensor) -> Tensor:
+        product = super()._sum_over_batches(rows)
         if not self.centered:
             return product
         # sum c (g - m)(g - m)' = sum c g g' - s s' / (sum c), with s = sum c g the loss's gradient; the shares c add up to
