@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hvpfast.capture import linear_twice
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.modules import named_modules, parameters
+from hvpfast.ops.shared import summed, wide
 
 _measuring = 0  # how many `preserved` blocks are open
 
@@ -160,23 +161,25 @@ def _embedding_bag(
         starts, factors = offsets[:-1] if include_last_offset else offsets, per_sample_weights
     places = torch.arange(indices.numel(), device=indices.device)
     bag = torch.searchsorted(starts.contiguous(), places, right=True) - 1
-    kept = torch.ones_like(indices, dtype=weight.dtype)
+    kept = torch.ones_like(indices, dtype=torch.bool)
     if padding_idx is not None:
-        kept = (indices != padding_idx % weight.shape[0]).to(weight.dtype)
-    rows = weight[indices]
-    if mode == "max":  # of equal rows the first
+        kept = indices != padding_idx % weight.shape[0]
+    rows = F.embedding(
+        indices, weight
+    )  # whose gradient is summed in one order; weight[indices]'s is not, by several threads
+    if mode == "max":  # of equal rows the first; the one in a bag's gradient is in no other's, so nothing is summed
         with torch.no_grad():
-            largest = (rows == value[bag]) & (kept > 0).unsqueeze(1)
+            largest = (rows == value[bag]) & kept.unsqueeze(1)
             first = torch.full_like(value, indices.numel(), dtype=torch.int64)
             candidates = torch.where(largest, places.unsqueeze(1), indices.numel())
             first = first.scatter_reduce(0, bag.unsqueeze(1).expand_as(rows), candidates, "amin")
         padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
         return padded.gather(0, first)
-    rows = rows * (kept if factors is None else kept * factors).unsqueeze(1)
-    total = weight.new_zeros(starts.numel(), weight.shape[1]).index_add(0, bag, rows)
+    rows = wide(rows) * (kept if factors is None else kept * factors).unsqueeze(1)
+    total = summed(rows, bag, starts.numel())
     if mode == "mean":
-        total = total / kept.new_zeros(starts.numel()).index_add(0, bag, kept).clamp(min=1).unsqueeze(1)
-    return total
+        total = total / summed(kept.long(), bag, starts.numel()).clamp(min=1).unsqueeze(1)
+    return total.to(weight.dtype)
 
 
 def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:

@@ -15,6 +15,7 @@ from hvpfast.capture.sites import Site
 from hvpfast.capture.units import Layout, Unit
 from hvpfast.operators.factor import Dense, Diagonal, Factor, Thin
 from hvpfast.operators.sweep import Run
+from hvpfast.ops.shared import add_rows
 
 # Features beyond which a factor is kept as its diagonal: a language model's vocabulary would need terabytes.
 LARGEST_FACTOR = 16384
@@ -287,7 +288,7 @@ def _forward_only(run: Run, unit: Unit, params: Mapping[str, Tensor]) -> Tensor:
             rows += a.shape[0]
             if normal.kind == "rows":
                 a = a if normal.skips is None else a[a[:, 0] != normal.skips]
-                total.index_add_(0, a[:, 0], torch.ones_like(total[:1]).expand(a.shape[0], -1))
+                add_rows(total, a[:, 0], torch.ones_like(total[:1]).expand(a.shape[0], -1))
             else:
                 squares = a.to(total.dtype).square().sum(0)
                 total.add_(

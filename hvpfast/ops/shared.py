@@ -41,6 +41,12 @@ def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return total.index_put_((index,), rows, accumulate=True)
 
 
+def summed(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """(count, ...): the sum of the rows (R, ...) at each `index` (R,), in an order like that of `add_rows`; differentiable."""
+    total = rows.new_zeros(count, *rows.shape[1:])
+    return total.index_add(0, index, rows) if total.is_cpu else total.index_put((index,), rows, accumulate=True)
+
+
 def columns(a: Tensor, g: Tensor) -> int:
     """K: how many gradient rows pair with each input row."""
     return g.shape[0] // a.shape[0] if a.shape[0] else 1

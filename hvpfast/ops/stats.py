@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hvpfast.arguments import accumulate_dtype, alike, floats
 from hvpfast.dispatch import op
-from hvpfast.ops.shared import columns, pair, repeat, wide
+from hvpfast.ops.shared import columns, pair, repeat, summed, wide
 from hvpfast.untouchable import fits
 
 KINDS = (None, "layer", "rms")
@@ -124,8 +124,8 @@ def embedding_sample_norms(g: Tensor, indices: Tensor) -> Tensor:
     Returns:
         (M,), float32 or float64. Raises TypeError or ValueError where shapes, dtypes or devices do not fit.
     """
-    sums, _, sample = _runs(wide(g), indices)
-    return sums.new_zeros(g.shape[0]).index_add(0, sample, sums.square().sum(1))
+    sums, _ = _runs(wide(g), indices)
+    return sums.square().sum((1, 2))
 
 
 def _check_embedding_second_moment(g, indices, rows):
@@ -144,22 +144,20 @@ def embedding_second_moment(g: Tensor, indices: Tensor, rows: int) -> Tensor:
     Returns:
         (rows, D), float32 or float64: a sum, not a mean. Raises TypeError or ValueError where shapes do not fit.
     """
-    sums, index, _ = _runs(wide(g), indices)
-    return sums.new_zeros(rows, g.shape[2]).index_add(0, index, sums.square())
+    sums, index = _runs(wide(g), indices)
+    return summed(sums.square().flatten(0, 1), index.flatten(), rows)
 
 
-def _runs(g: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The sums of g over positions of one sample with one index, (M T, D), zeros behind the last; the index and the row of
-    g of each. As many as positions, whatever the indices are, so that nothing depends on their values but values."""
+def _runs(g: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums of g over positions of one sample with one index, (M, T, D), zeros behind a sample's last; and the index of each,
+    (M, T). As many as positions, whatever the indices are, so that nothing depends on their values but values."""
     (m, t, d), k = g.shape, columns(indices, g)
     indices = indices.long().repeat(k, 1)
     order = indices.argsort(dim=1, stable=True)
     ordered = indices.gather(1, order)
     first = torch.ones_like(ordered)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    run = first.flatten().cumsum(0) - 1
-    place = torch.zeros_like(ordered).scatter(1, order, run.reshape(m, t)).flatten()
-    sums = g.new_zeros(m * t, d).index_add(0, place, g.reshape(m * t, d))
-    sample = torch.arange(m, device=g.device).repeat_interleave(t)
-    none = torch.zeros_like(run)
-    return sums, none.scatter(0, run, ordered.flatten()), none.scatter(0, run, sample)
+    run = first.cumsum(1) - 1
+    place = torch.zeros_like(ordered).scatter(1, order, run) + t * torch.arange(m, device=g.device).unsqueeze(1)
+    sums = summed(g.reshape(m * t, d), place.flatten(), m * t)
+    return sums.view(m, t, d), torch.zeros_like(run).scatter(1, run, ordered)
