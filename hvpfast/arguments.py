@@ -56,6 +56,18 @@ def real(x: Tensor) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
+def scalars(name: str, **given: object) -> None:
+    """Raise unless all are real numbers, or tensors that hold one each."""
+    for label, x in given.items():
+        if isinstance(x, Tensor):
+            if x.numel() != 1 or x.is_complex():
+                raise TypeError(
+                    f"{name}: {label} is a tensor of {x.dtype}, {tuple(x.shape)}; it must be one real number"
+                )
+        elif not hasattr(type(x), "__float__"):
+            raise TypeError(f"{name}: {label} is {x!r}, a {type(x).__name__}; it must be a real number")
+
+
 def output(name: str, out: Tensor | None, shape: tuple[int, ...], like: Tensor) -> None:
     """Raise unless `out` can take a result of this shape for inputs like `like`."""
     if out is None:

@@ -376,6 +376,19 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ),
     ("embedding_second_moment", (G, LOOKUP, -1), {}, ValueError, "rows is -1"),
     *(
+        (name, arguments, {"out": torch.zeros(width, width), label: value}, TypeError, f"{name}: {label} is {message}")
+        for name, arguments, width in (("gram", (A,), 5), ("conv_gram", (A, 3), 6))
+        for label in ("alpha", "beta")
+        for value, message in (
+            ("a", "'a', a str; it must be a real number"),
+            (None, "None, a NoneType"),
+            (1 + 2j, r"\(1\+2j\), a complex"),
+            ([1.0], r"\[1.0\], a list"),
+            (torch.ones(2), r"a tensor of torch.float32, \(2,\); it must be one real number"),
+            (torch.tensor(1j), r"a tensor of torch.complex64, \(\)"),
+        )
+    ),
+    *(
         (name, (*pair, *THIRD.get(name, ())), {}, kind, f"{name}: {message}")
         for name in PAIRED
         for pair, kind, message in (

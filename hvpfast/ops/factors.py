@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hvpfast.arguments import floats, output, real
+from hvpfast.arguments import floats, output, real, scalars
 from hvpfast.dispatch import op
 from hvpfast.ops.shared import wide
 from hvpfast.patches import geometry, patches
@@ -18,6 +18,8 @@ from hvpfast.patches import geometry, patches
 def _check_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
     if not real(x):
         floats("gram", x=x)
+    if type(alpha) is not float or type(beta) is not float:
+        scalars("gram", alpha=alpha, beta=beta)
     if x.dim() == 0:
         raise ValueError("gram: x is a scalar; it must be (..., I), its last axis the features")
     if out is not None:
@@ -65,6 +67,8 @@ def _check_conv_gram(
 ):  # fmt: skip
     if not real(x):
         floats("conv_gram", x=x)
+    if type(alpha) is not float or type(beta) is not float:
+        scalars("conv_gram", alpha=alpha, beta=beta)
     asked = (x.shape, kernel_size, stride, padding, dilation, groups, kfac_approx)
     try:  # torch.jit.trace's sizes are tensors, and are not remembered
         width = _remembered_width(*asked) if torch._C._get_tracing_state() is None else _conv_width(*asked)
