@@ -45,6 +45,20 @@ struct Float512 {
         const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
         return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
     }
+    // Sixteen vectors -> lane r: the sum of v[r]'s lanes.
+    HVPFAST_INLINE V totals(const V* v) {
+        __m512 quads[4];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+            const __m512 a = v[4 * q], b = v[4 * q + 1], c = v[4 * q + 2], d = v[4 * q + 3];
+            const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));  // a b a b
+            const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+            quads[q] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));  // a b c d
+        }
+        const __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(quads[0], quads[1], 0x88), _mm512_shuffle_f32x4(quads[0], quads[1], 0xdd));
+        const __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2], quads[3], 0x88), _mm512_shuffle_f32x4(quads[2], quads[3], 0xdd));
+        return _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+    }
     HVPFAST_INLINE float from_bf16(uint16_t bits) { return bf16_to_float(bits); }
     HVPFAST_INLINE float from_f16(uint16_t bits) { return f16_to_float(bits); }
     HVPFAST_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }

@@ -183,8 +183,11 @@ struct RowBody {
         return P::total(sum);
     }
 
-    // Products of rows with rows, kSide by kSide at a time, summed over the features in vectors.
+    // Products of rows with rows, kSide by kSide at a time, summed over the features in vectors. `kTurns` squares side by side
+    // use the same rows, of which `kBytes` at a time stay in L1 (1.94 against 1.74 times torch at 64 rows of 1152 and 256 with
+    // what `totals` gains; 2-core AVX-512, 2026-11-22).
     static constexpr int64_t kSide = W * int64_t(sizeof(T)) == 64 ? 4 : 3;  // 16 and 9 sums fit the registers
+    static constexpr int64_t kTurns = 2, kBytes = 2304;
 
     struct Sums {
         V of[kSide][kSide];
@@ -232,18 +235,23 @@ struct RowBody {
             for (int c = 1; c < kSide; ++c) parts[0] = P::add(parts[0], parts[c]);
             return P::total(parts[0]);
         }
-        double sum = 0, totals[kSide][kSide];
+        double sum = 0;
+        alignas(64) T totals[kSide][kSide];
+        if constexpr (kSide * kSide == W) {
+            P::store(totals[0], P::totals(sums.of[0]));
+        } else {
 #pragma GCC unroll 4
-        for (int r = 0; r < kSide; ++r)
+            for (int r = 0; r < kSide; ++r)
 #pragma GCC unroll 4
-            for (int c = 0; c < kSide; ++c) totals[r][c] = P::total(sums.of[r][c]);
+                for (int c = 0; c < kSide; ++c) totals[r][c] = T(P::total(sums.of[r][c]));
+        }
         const T twice = T(i == j ? 1 : 2);  // squares below the diagonal are not computed
         for (int64_t r = 0; r < least(kSide, rows - i); ++r)
             for (int64_t c = 0; c < least(kSide, rows - j); ++c) {
                 T& weight = weights[r * kSide + c];
-                const double value = totals[r][c];
-                if (weigh) weight = (first ? T(0) : weight) + twice * T(value);
-                else sum += double(weight) * value;
+                const T value = totals[r][c];
+                if (weigh) weight = (first ? T(0) : weight) + twice * value;
+                else sum += double(weight) * double(value);
             }
         return sum;
     }
@@ -251,16 +259,18 @@ struct RowBody {
     static double row_products(const T* x, int64_t pitch, int64_t rows, int64_t cols, bool weigh, T* weights, const T* next) {
         const int64_t across = ceil_div(rows, kSide), lines = rows * cols * int64_t(sizeof(T)) / 64;
         const char *soon = reinterpret_cast<const char*>(next), *const past = soon + (next == nullptr ? 0 : 64 * lines);
-        const int64_t each = 64 * ceil_div(lines, across * (across + 1) / 2);
+        const int64_t run = weigh ? kRun : kBytes / int64_t(sizeof(T));
+        const int64_t parts = ceil_div(cols, run), width = ceil_div(ceil_div(cols, parts), W) * W;
+        const int64_t each = 64 * ceil_div(lines, parts * across * (across + 1) / 2);
         double sum = 0;
-        for (int64_t start = 0; start < cols; start += kRun) {
-            T* at = weights;
-            for (int64_t i = 0; i < rows; i += kSide)
-                for (int64_t j = i; j < rows; j += kSide, at += kSide * kSide) {
-                    for (const char* const last = past - soon < each ? past : soon + each; soon < last; soon += 64) P::fetch(soon);
-                    sum += square_of_rows(x + start, pitch, rows, i, j, least(kRun, cols - start), weigh, start == 0, at);
-                }
-        }
+        for (int64_t start = 0; start < cols; start += width)
+            for (int64_t i0 = 0; i0 < across; i0 += kTurns)
+                for (int64_t j = i0; j < across; ++j)
+                    for (int64_t i = i0; i <= least(j, i0 + kTurns - 1); ++i) {
+                        for (const char* const last = past - soon < each ? past : soon + each; soon < last; soon += 64) P::fetch(soon);
+                        T* const at = weights + (i * across - i * (i - 1) / 2 + j - i) * kSide * kSide;
+                        sum += square_of_rows(x + start, pitch, rows, i * kSide, j * kSide, least(width, cols - start), weigh, start == 0, at);
+                    }
         return sum;
     }
 

@@ -176,13 +176,14 @@ void rank_one(const Engine<T>& engine, const Batch& a, const Batch& g, T* out, i
 const Rowwise<float>& row_kernels(float) { return rowwise_f32(tier_in_use()); }
 const Rowwise<double>& row_kernels(double) { return rowwise_f64(tier_in_use()); }
 
-// Rough cycles of the route by rows: two multiply-adds a cycle, and 8 to add up a vector.
+// Rough cycles of the route by rows: two multiply-adds a cycle, and 8 to add up a vector, or 3 where a square's are added together.
 template <class T>
 double row_cycles(const Batch& a, const Batch& g) {
     const Rowwise<T>& rowwise = row_kernels(T());
     const double side = double(ceil_div(a.positions, rowwise.side)), square = double(rowwise.side * rowwise.side);
+    const double adding = rowwise.side * rowwise.side == rowwise.width ? 3 : 8;
     const double products = side * (side + 1) / 2 * square, k = double(g.batch) / double(a.batch);
-    return products * (double(ceil_div(a.features, rowwise.width)) / 2 + 8) + k * products * double(ceil_div(g.features, rowwise.width)) / 2;
+    return products * (double(ceil_div(a.features, rowwise.width)) / 2 + adding) + k * products * double(ceil_div(g.features, rowwise.width)) / 2;
 }
 
 template <class T>
