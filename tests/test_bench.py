@@ -110,20 +110,34 @@ def test_the_report_of_a_gpu_run(tmp_path):
     assert refused.returncode == 2 and "has no times" in refused.stderr
 
 
-@pytest.mark.parametrize("only", ["softmax_hvp", "kron_apply"])
-def test_the_gpu_run_is_rehearsed(only):
-    """Validation and times of a kernel go through on the CPU; bench/gpu.sh with HVPFAST_GPU_REHEARSAL=1 rehearses all."""
+def rehearsed(only: str) -> dict:
+    """The report of a rehearsed GPU run of the ops and groups that match."""
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
     env |= {"HVPFAST_GPU_REHEARSAL": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
-    command = [sys.executable, "bench/gpu.py", "--only", f"^{only}"]
+    command = [sys.executable, "bench/gpu.py", "--only", only]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "0 failures; wrote" in done.stdout, done.stdout + done.stderr
     report = json.loads(Path(done.stdout.rsplit("wrote ", 1)[1].strip()).read_text())
-    assert report["rehearsal"] and {row["op"] for row in report["validation"]} == {only}
-    assert all("failed" not in row and "ms" not in row for row in report["times"])
+    assert report["rehearsal"] and all("failed" not in row and "ms" not in row for row in report["times"])
+    return report
+
+
+@pytest.mark.parametrize("only", ["softmax_hvp", "kron_apply"])
+def test_the_gpu_run_is_rehearsed(only):
+    """Validation and times of a kernel go through on the CPU; bench/gpu.sh with HVPFAST_GPU_REHEARSAL=1 rehearses all."""
+    report = rehearsed(f"^{only}")
+    assert {row["op"] for row in report["validation"]} == {only}
     names = {row["name"] for row in report["times"]}
     assert "reference fp32" in names and any(name.startswith("triton fp32") for name in names)
+
+
+def test_products_from_cuda_graphs_are_rehearsed():
+    """Their comparison with products without, and their rows among the times; on a CPU both come to the same products."""
+    report = rehearsed("^cuda_graphs|^(Hessian|GGN) @ v")
+    assert report["validation"] == [{"op": "cuda_graphs", "backend": "cuda", "cases": 48, "failures": []}]
+    captured = [row["group"].split()[0] for row in report["times"] if row["name"] == "hvpfast, CUDA graphs fp32"]
+    assert captured == ["Hessian", "GGN"]
 
 
 def test_the_proof_holds_for_ours():
