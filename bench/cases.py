@@ -14,6 +14,8 @@ _SIZES = {
     "norm_sample_stats": "n t i",
     "gram": "n i",
     "softmax_hvp": "n o k",
+    "activation_rop": "n i",
+    "norm_rop": "n i",
     "kron_apply": "i o k",
     "kron_solve": "i o k",
 }
@@ -135,6 +137,7 @@ ROWS: tuple[Row, ...] = (
     *(Row(op, 1, 1, 64, 64, layers=48) for op in ("kron_apply", "kron_solve")),
     *(Row("sample_dots", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (16, 128, 256, 1024, 10))),
     *(Row("linear_rop", n, 1, i, o, k) for n, i, o, k in ((2048, 768, 768, 1), (512, 1024, 1024, 4))),
+    *(Row(op, n, i=i) for op in ("activation_rop", "norm_rop") for n, i in ((256, 256), (1024, 1024), (8192, 768))),
     *(Row("weighted_grad", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (256, 1, 784, 512, 4))),
     *(Row("norm_sample_stats", *shape) for shape in ((16, 128, 256), (32, 256, 768), (8, 1024, 1024), (256, 1, 512))),
     *(Row("softmax_hvp", n, o=o, k=k) for n, o, k in ((1024, 10, 1), (4096, 1000, 1), (1024, 10, 16), (128, 50257, 1))),
@@ -205,6 +208,10 @@ def work(row: Row) -> tuple[int, int]:
         )
     if row.op == "norm_sample_stats":
         return 9 * m * t * i, size * (n + m) * t * i
+    if row.op == "activation_rop":
+        return 40 * n * t * i, (3 * size + 2 * wide) * n * t * i
+    if row.op == "norm_rop":
+        return 40 * n * t * i, (3 * size + 2 * wide) * n * t * i + wide * i
     if row.op == "softmax_hvp":
         return 8 * m * t * o, size * (n * t * o + m * t * o) + wide * m * t * o
     raise ValueError(f"work: no row for {row.op}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -151,6 +152,14 @@ FORMULATIONS: dict[str, dict[str, Callable]] = {
             db[:, None], torch.cat([dx, x.expand_as(dx)], 2), torch.cat([w.expand_as(dw), dw], 2).mT
         ),
     },
+    "activation_rop": {
+        "torch double backward of a kept graph": lambda x, g, c, *, activation: torch.autograd.grad(
+            *_activation_graph(x, g), c, retain_graph=True
+        ),
+    },
+    "norm_rop": {
+        "torch double backward of a kept graph": lambda x, g, rstd, **given: _norm_double_backward(x, g, rstd, **given),
+    },
     "weighted_grad": {
         "torch einsum": lambda a, g, c: torch.einsum("mk,mto,mti->koi", c, g, _pairs(a, g)),
         "torch weigh, then mm": lambda a, g, c: torch.stack(
@@ -165,6 +174,28 @@ FORMULATIONS: dict[str, dict[str, Callable]] = {
         "torch double backward": lambda logits, v, *, weight: _double_backward(logits, v, weight),
     },
 }
+
+
+@functools.lru_cache(1)
+def _activation_graph(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """GELU's first backward pass, with its graph, and what it is differentiated in."""
+    x, g = x.detach().requires_grad_(), g.detach().requires_grad_()
+    return torch.autograd.grad(F.gelu(x), x, g, create_graph=True)[0], (g, x)
+
+
+@functools.lru_cache(1)
+def _norm_graph(x: Tensor, g: Tensor, weight: Tensor, eps: float) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    x, g, weight = (y.detach().requires_grad_() for y in (x, g, weight))
+    bias = torch.zeros_like(weight, requires_grad=True)
+    y = F.layer_norm(x, x.shape[1:], weight, bias, eps)
+    return torch.autograd.grad(y, (x, weight, bias), g, create_graph=True), (g, x, weight)
+
+
+def _norm_double_backward(x, g, rstd, *, c, mean, weight, c_weight, c_bias) -> tuple[Tensor, ...]:
+    slopes, leaves = _norm_graph(
+        x, g, weight, 1.0
+    )  # make_inputs has a row's own eps, of which the cost does not depend
+    return torch.autograd.grad(slopes, leaves, (c, c_weight, c_bias), retain_graph=True)
 
 
 def _both_sums(rows: Tensor) -> tuple[Tensor, Tensor]:

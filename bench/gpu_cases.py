@@ -209,6 +209,19 @@ def rop_times(p: int, i: int, o: int, k: int) -> Iterator[Timed]:
     yield from op_times("linear_rop", group, (x, w, dx, dw), products, size, _OPERATOR, db=db)
 
 
+def activation_times(rows: int, features: int) -> Iterator[Timed]:
+    """activation_rop of a GELU, beside autograd's double backward of a kept graph; then norm_rop of a LayerNorm."""
+    x, g, c = (torch.randn(rows, features, device=DEVICE) for _ in range(3))
+    group, size = f"activation_rop gelu {rows}x{features}", 4 * 5 * x.numel()
+    yield from op_times("activation_rop", group, (x, g, c), 20 * x.numel(), size, (("auto", 1),), activation="gelu")
+    w, c_weight, c_bias = (torch.randn(features, device=DEVICE) for _ in range(3))
+    mean, rstd = x.mean(1), (x.var(1, correction=0) + 1).rsqrt()  # eps = 1, as make_inputs has it
+    given = {"c": c, "mean": mean, "weight": w, "c_weight": c_weight, "c_bias": c_bias}
+    yield from op_times(
+        "norm_rop", f"norm_rop layer {rows}x{features}", (x, g, rstd), 20 * x.numel(), size, (("auto", 1),), **given
+    )
+
+
 def conv_times(n: int, c: int, side: int, kernel: int, stride: int, groups: int) -> Iterator[Timed]:
     """conv_gram, its floor the products of the boxes (conv_plan.py), or of half the patches' Gram matrix for few channels."""
     from hvpfast.kernels import conv_plan
@@ -356,6 +369,7 @@ ALL: tuple[tuple[Callable, tuple], ...] = (
         ("sample_gram", 4096, 1, 4096, 4096), ("sample_gram", 256, 64, 1024, 1024),
     )),
     (rop_times, ((20, 17, 33, 2),) if REHEARSAL else ((8192, 768, 3072, 1), (8192, 4096, 4096, 1), (4096, 1024, 1024, 8))),
+    (activation_times, ((3, 20),) if REHEARSAL else ((16384, 768), (8192, 4096), (1024, 1024))),
     (softmax_times, ((3, 20, 2),) if REHEARSAL else (
         (4096, 128 * 1024, 1), (8192, 1000, 4), (262144, 10, 1), (16, 128 * 1024, 1),
     )),

@@ -133,7 +133,7 @@ def make_inputs(
 
     Normal values; half of `a` is rectified, as activations are. The same on every device for one seed.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator, wide = torch.Generator().manual_seed(seed), ops.accumulate_dtype(dtype)
 
     def draw(*shape: int) -> Tensor:
         return laid_out(torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).to(device), layout)
@@ -161,11 +161,17 @@ def make_inputs(
     def rop() -> tuple[tuple, dict]:
         return (draw(n * t, i), draw(o, i), draw(k, n * t, i), draw(k, o, i)), {"db": draw(k, o)}
 
+    def norm() -> tuple[tuple, dict]:
+        x, weight = draw(n * t, i).div_(4), draw(i)  # small, so that RMSNorm too has some eps > 0
+        mean = x.to(wide).sum(1) / max(i, 1)
+        rstd = (1 + (x.to(wide) - mean[:, None]).square().sum(1) / max(i, 1)).rsqrt()  # eps = 1
+        slopes = {"c": draw(n * t, i), "c_weight": draw(i), "c_bias": draw(i)}
+        return (x, draw(n * t, i), laid_out(rstd, layout)), {"mean": laid_out(mean, layout), "weight": weight, **slopes}
+
     def lookup() -> tuple[Tensor, Tensor]:
         found = torch.randint(0, max(1, i), (n, t), generator=generator)
         return draw(k * n, t, o), laid_out(found.to(device), layout)
 
-    wide = ops.accumulate_dtype(dtype)
     recipes: dict[str, Callable[[], tuple[tuple, dict]]] = {
         "gram": lambda: ((draw(n, t, i),), {}),
         "sample_grads": lambda: (pair(), {}),
@@ -186,6 +192,8 @@ def make_inputs(
         "embedding_second_moment": lambda: ((*lookup(), i + 1), {}),
         "cg_update": iteration,
         "linear_rop": rop,
+        "activation_rop": lambda: (tuple(3 * draw(n, t, i) for _ in range(3)), {"activation": "gelu"}),
+        "norm_rop": norm,
         "reorthogonalize": krylov,
         "softmax_root": lambda: ((draw(n, t, o), draw(k, n, t, o)), {"weight": draw(n, t).abs_()}),
         "softmax_sample": lambda: ((draw(n, t, o), uniform(k, n, t)), {"weight": draw(n, t).abs_()}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from . import embedding_sample_norms, norm_sample_stats, softmax_hvp, softmax_sample
+from . import activation_rop, embedding_sample_norms, norm_rop, norm_sample_stats, softmax_hvp, softmax_sample
 from .ahead_case import POINTERS, Case
 from .tiles import Tile
 
@@ -79,4 +79,31 @@ def _stats_cases() -> Iterator[Case]:
         yield Case("embedding", "bf16", name, of._runs_kernel, types, constants, known, _PLAIN, False)
 
 
-MADE = (_softmax_cases, _sample_cases, _stats_cases)
+def _rop_cases() -> Iterator[Case]:
+    of = activation_rop
+    results, both = {"of_g_ptr": "*fp32", "of_x_ptr": "*fp32"}, {"OF_G": True, "OF_X": True}
+    for dtype, (name, kind) in (*(("fp32", item) for item in of.KINDS.items()), ("bf16", ("gelu", 0))):
+        types = dict.fromkeys(("x_ptr", "g_ptr", "c_ptr"), POINTERS[dtype]) | results
+        constants = both | {"KIND": kind, "BLOCK": of.BLOCK}
+        warps = Tile(0, 0, of.WARPS, 3, 0)
+        yield Case("activation-rop", dtype, name, of._activation_kernel, types, constants, ("count",), warps, False)
+    of = norm_rop
+    flags = ("C", "MEAN", "WEIGHT", "C_WEIGHT", "C_BIAS", "OF_G", "OF_X", "OF_W")
+    few = {"C_BIAS": False, "OF_X": False, "OF_W": False}  # a GGN's product
+    for dtype, name, block, known, more in (
+        ("fp32", "all", of.WHOLE, ("features",), {}),
+        ("bf16", "all", 1024, ("features",), {}),
+        ("fp32", "all", 64, (), {}),
+        ("fp32", "g", of.WHOLE, ("features",), few),
+        ("fp32", "g", 1024, ("features",), few),
+        ("bf16", "rms", 2048, ("features",), {"MEAN": False, "C_BIAS": False}),
+    ):  # fmt: skip
+        names = ("x_ptr", "g_ptr", "c_ptr", "weight_ptr", "c_weight_ptr", "c_bias_ptr")
+        wide = dict.fromkeys(("mean_ptr", "rstd_ptr", "part_ptr"), "*fp32") | results
+        types = dict.fromkeys(names, POINTERS[dtype]) | wide
+        constants = dict.fromkeys(flags, True) | {"ROWS": max(1, of.ELEMENTS // block), "BLOCK": block} | more
+        tile = Tile(0, 0, of.warps(block), 3, 0)
+        yield Case("norm-rop", dtype, f"{name}-{block}", of._norm_kernel, types, constants, known, tile, False)
+
+
+MADE = (_softmax_cases, _sample_cases, _stats_cases, _rop_cases)

@@ -28,6 +28,14 @@ from hvpfast.kernels.native_cuda import (  # noqa: F401 (re-exported: dispatch l
     cuda_reorthogonalize_supports,
     cuda_reorthogonalize_worthwhile,
 )
+from hvpfast.kernels.native_rop import (  # noqa: F401 (re-exported)
+    cpu_activation_rop,
+    cpu_activation_rop_supports,
+    cpu_activation_rop_worthwhile,
+    cpu_norm_rop,
+    cpu_norm_rop_supports,
+    cpu_norm_rop_worthwhile,
+)
 from hvpfast.kernels.native_samples import (  # noqa: F401 (re-exported)
     cpu_rotated_second_moment,
     cpu_rotated_second_moment_supports,

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hvpfast import dispatch, ops
+from hvpfast.ops.rop import ACTIVATIONS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-LEFT_OUT = {"triton": (torch.float64,), "cuda": (torch.float64,)}  # dtypes that no kernel of a backend takes
+# dtypes that no kernel of a backend takes, or that of one op does not
+LEFT_OUT = {"triton": (torch.float64,), "cuda": (torch.float64,), ("activation_rop", "cpu"): (torch.float64,)}
 
 
 class Size(NamedTuple):
@@ -65,6 +67,19 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
     ),
     "cg_update": ({}, {"damping": 0.0}),
     "linear_rop": ({}, {"db": None}),
+    "activation_rop": tuple(
+        {"activation": name, "of": of}
+        for name in ACTIVATIONS
+        for of in (("gx", "g", "x") if name == "gelu" else ("gx",))
+    ),
+    "norm_rop": (
+        {},
+        {"mean": None, "c_bias": None, "of": "xw"},
+        {"weight": None, "c_weight": None, "of": "gx"},
+        {"c": None, "of": "gx"},
+        {"mean": None, "weight": None, "of": "g"},
+        {"c_bias": None, "of": "w"},
+    ),
     "reorthogonalize": ({}, {"normalize": True}),
     "conv_gram": (
         {},
@@ -270,6 +285,51 @@ def _linear_rop(x, w, dx, dw, *, db=None):
     )[1]
 
 
+_FUNCTIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "mish": F.mish,
+    "softplus": F.softplus,
+}
+
+
+def _activation_rop(x, g, c, *, activation, of="gx"):
+    """torch's own double backward of its own function."""
+    x, g = x.clone().requires_grad_(), g.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(_FUNCTIONS[activation](x), x, g, create_graph=True)
+    return torch.autograd.grad(slope, [{"g": g, "x": x}[letter] for letter in of], c)
+
+
+def _norm_rop(x, g, rstd, *, c=None, mean=None, weight=None, c_weight=None, c_bias=None, of="gxw"):
+    """By autograd through the statistics, row by row; eps is what makes them the given ones."""
+    weight = torch.ones_like(x.sum(0)) if weight is None else weight
+    empty = [x.new_zeros(0, x.shape[1]), x.new_zeros(0, x.shape[1])]
+    found = {"g": empty[:1], "x": empty[1:], "w": [torch.zeros_like(weight)]}
+    for row, slope, inverse, *more in zip(x, g, rstd, range(len(x)), strict=True):
+        row, slope, w, b = (y.clone().requires_grad_() for y in (row, slope, weight, torch.zeros_like(weight)))
+
+        def centred(y, more=more):
+            if mean is None:
+                return y
+            return y - y.mean() + (y.detach().mean() - mean[more[0]])
+
+        eps = inverse**-2 - centred(row.detach()).square().mean()
+        y = w * centred(row) * (centred(row).square().mean() + eps).rsqrt() + b
+        grads = torch.autograd.grad(y, (row, w, b), slope, create_graph=True)
+        given = (None if c is None else c[more[0]], c_weight, c_bias)
+        total = sum((a * b).sum() for a, b in zip(grads, given, strict=True) if b is not None)
+        each = torch.autograd.grad(total, (slope, row, w), allow_unused=True)
+        for letter, y, like in zip("gxw", each, (slope, row, w), strict=True):
+            found[letter].append((torch.zeros_like(like) if y is None else y.detach())[None])
+    made = {
+        "g": torch.cat(found["g"]),
+        "x": torch.cat(found["x"]),
+        "w": torch.stack([y.reshape(weight.shape) for y in found["w"]]).sum(0),
+    }
+    return tuple(made[letter] for letter in of)
+
+
 def _cg_update(x, r, p, q, rz, *, damping=0.0, inplace=False):
     """Column by column: x goes where the model x'(A + damping I)x / 2 - b'x is least along p, which its slope -r'p tells."""
     columns = []
@@ -348,6 +408,8 @@ TRUTHS = {
     "softmax_hvp": _softmax_hvp,
     "cg_update": _cg_update,
     "linear_rop": _linear_rop,
+    "activation_rop": _activation_rop,
+    "norm_rop": _norm_rop,
     "reorthogonalize": _reorthogonalize,
     "norm_sample_stats": _norm_sample_stats,
     "bias_sample_stats": _bias_sample_stats,

@@ -99,6 +99,7 @@ def test_tracing(name):
         "softmax",
         "reorthogonalize",
         "cg_update",
+        "activation_",
         "norm_",
         "bias_",
         "embedding_",

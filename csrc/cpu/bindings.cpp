@@ -75,6 +75,20 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         softmax_hvp(x, reinterpret_cast<void*>(out), threads);
     });
+    m.def("activation_rop", [](int kind, uintptr_t x, uintptr_t g, uintptr_t c, int dtype, int64_t count, uintptr_t of_g, uintptr_t of_x, int threads) {
+        const auto at = [](uintptr_t from) { return reinterpret_cast<const void*>(from); };
+        py::gil_scoped_release release;
+        activation_rop(kind, at(x), at(g), at(c), Dtype(dtype), count, reinterpret_cast<float*>(of_g), reinterpret_cast<float*>(of_x), threads);
+    });
+    // `given`: x, g, c, weight, c_weight, c_bias, mean and rstd; `of`: of g, x and w. Zero: none.
+    m.def("norm_rop", [](py::tuple given, int dtype, int64_t rows, int64_t features, py::tuple of, int threads) {
+        const auto at = [](const py::tuple& from, size_t index) { return reinterpret_cast<void*>(py::cast<uintptr_t>(from[index])); };
+        const NormRows x{at(given, 0), at(given, 1), at(given, 2), at(given, 3), at(given, 4), at(given, 5), at(given, 6), at(given, 7),
+                         Dtype(dtype), rows, features};
+        void *const of_g = at(of, 0), *const of_x = at(of, 1), *const of_w = at(of, 2);
+        py::gil_scoped_release release;
+        norm_rop(x, of_g, of_x, of_w, threads);
+    });
     // `how`: (kind, eps, mean, rstd, their strides over samples and over positions or features, one pair after the other, by feature).
     m.def("norm_sample_stats", [](uintptr_t x, py::tuple x_shape, py::tuple x_strides, uintptr_t g, py::tuple g_shape, py::tuple g_strides,
                                   int dtype, py::tuple how, uintptr_t norms, uintptr_t squares, int threads) {

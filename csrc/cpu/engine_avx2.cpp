@@ -1,5 +1,6 @@
 // The engine in AVX2 with FMA: 4 x 24 register tiles in float32 (12 of 16 registers), 4 x 12 in float64.
 #include "engine.hpp"
+#include "rop.hpp"
 #include "rowwise.hpp"
 #include "scalar.hpp"
 #include "summing.hpp"
@@ -16,6 +17,7 @@
 namespace hvpfast {
 #include "engine_body.hpp"
 #include "rowwise_body.hpp"
+#include "rop_body.hpp"
 #include "summing_body.hpp"
 namespace {
 
@@ -32,6 +34,8 @@ struct Float256 {
     HVPFAST_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
     HVPFAST_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
     HVPFAST_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    HVPFAST_INLINE V div(V a, V b) { return _mm256_div_ps(a, b); }
+    HVPFAST_INLINE V where_negative(V x, V a, V b) { return _mm256_blendv_ps(b, a, x); }
     HVPFAST_INLINE V max(V a, V b) { return _mm256_max_ps(a, b); }  // b where one is NaN
     HVPFAST_INLINE V whole(V v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     HVPFAST_INLINE V power(__m256i n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23)); }
@@ -83,6 +87,8 @@ struct Double256 {
     HVPFAST_INLINE V add(V a, V b) { return _mm256_add_pd(a, b); }
     HVPFAST_INLINE V sub(V a, V b) { return _mm256_sub_pd(a, b); }
     HVPFAST_INLINE V mul(V a, V b) { return _mm256_mul_pd(a, b); }
+    HVPFAST_INLINE V div(V a, V b) { return _mm256_div_pd(a, b); }
+    HVPFAST_INLINE V where_negative(V x, V a, V b) { return _mm256_blendv_pd(b, a, x); }
     HVPFAST_INLINE V max(V a, V b) { return _mm256_max_pd(a, b); }
     HVPFAST_INLINE V whole(V v) { return _mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
     HVPFAST_INLINE V power(__m128i n) {
@@ -118,6 +124,8 @@ Engine<float> engine_avx2_f32() { return Body<Float256>::engine(Tier::avx2); }
 Engine<double> engine_avx2_f64() { return Body<Double256>::engine(Tier::avx2); }
 Rowwise<float> rowwise_avx2_f32() { return RowBody<Float256>::kernels(); }
 Rowwise<double> rowwise_avx2_f64() { return RowBody<Double256>::kernels(); }
+Rop<float> rop_avx2_f32() { return RopBody<Float256>::kernels(); }
+Rop<double> rop_avx2_f64() { return RopBody<Double256>::kernels(); }
 Summing<float> summing_avx2_f32() { return SummingBody<Float256>::kernels(); }
 Summing<double> summing_avx2_f64() { return SummingBody<Double256>::kernels(); }
 

@@ -1,5 +1,6 @@
 // The engine in AVX-512: 8 x 48 register tiles in float32 (24 of 32 registers), 8 x 24 in float64.
 #include "engine.hpp"
+#include "rop.hpp"
 #include "rowwise.hpp"
 #include "scalar.hpp"
 #include "summing.hpp"
@@ -18,6 +19,7 @@
 namespace hvpfast {
 #include "engine_body.hpp"
 #include "rowwise_body.hpp"
+#include "rop_body.hpp"
 #include "summing_body.hpp"
 #include "transpose512.hpp"
 namespace {
@@ -35,6 +37,8 @@ struct Float512 {
     HVPFAST_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
     HVPFAST_INLINE V sub(V a, V b) { return _mm512_sub_ps(a, b); }
     HVPFAST_INLINE V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    HVPFAST_INLINE V div(V a, V b) { return _mm512_div_ps(a, b); }
+    HVPFAST_INLINE V where_negative(V x, V a, V b) { return _mm512_mask_mov_ps(b, _mm512_movepi32_mask(_mm512_castps_si512(x)), a); }
     HVPFAST_INLINE V max(V a, V b) { return _mm512_max_ps(a, b); }  // b where one is NaN
     HVPFAST_INLINE V whole(V v) { return _mm512_roundscale_ps(v, 8); }
     HVPFAST_INLINE V times_power(V v, V n) { return _mm512_scalef_ps(v, n); }
@@ -95,6 +99,8 @@ struct Double512 {
     HVPFAST_INLINE V add(V a, V b) { return _mm512_add_pd(a, b); }
     HVPFAST_INLINE V sub(V a, V b) { return _mm512_sub_pd(a, b); }
     HVPFAST_INLINE V mul(V a, V b) { return _mm512_mul_pd(a, b); }
+    HVPFAST_INLINE V div(V a, V b) { return _mm512_div_pd(a, b); }
+    HVPFAST_INLINE V where_negative(V x, V a, V b) { return _mm512_mask_mov_pd(b, _mm512_movepi64_mask(_mm512_castpd_si512(x)), a); }
     HVPFAST_INLINE V max(V a, V b) { return _mm512_max_pd(a, b); }
     HVPFAST_INLINE V whole(V v) { return _mm512_roundscale_pd(v, 8); }
     HVPFAST_INLINE V times_power(V v, V n) { return _mm512_scalef_pd(v, n); }
@@ -116,6 +122,8 @@ Engine<float> engine_avx512_f32() { return Body<Float512>::engine(Tier::avx512);
 Engine<double> engine_avx512_f64() { return Body<Double512>::engine(Tier::avx512); }
 Rowwise<float> rowwise_avx512_f32() { return RowBody<Float512>::kernels(); }
 Rowwise<double> rowwise_avx512_f64() { return RowBody<Double512>::kernels(); }
+Rop<float> rop_avx512_f32() { return RopBody<Float512>::kernels(); }
+Rop<double> rop_avx512_f64() { return RopBody<Double512>::kernels(); }
 Summing<float> summing_avx512_f32() { return SummingBody<Float512>::kernels(); }
 Summing<double> summing_avx512_f64() { return SummingBody<Double512>::kernels(); }
 

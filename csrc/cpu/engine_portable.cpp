@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "engine.hpp"
+#include "rop.hpp"
 #include "rowwise.hpp"
 #include "scalar.hpp"
 #include "summing.hpp"
@@ -9,6 +10,7 @@
 namespace hvpfast {
 #include "engine_body.hpp"
 #include "rowwise_body.hpp"
+#include "rop_body.hpp"
 #include "summing_body.hpp"
 namespace {
 
@@ -49,6 +51,14 @@ struct Plain {
     HVPFAST_INLINE V mul(V a, V b) {
         for (int j = 0; j < W; ++j) a.lane[j] *= b.lane[j];
         return a;
+    }
+    HVPFAST_INLINE V div(V a, V b) {
+        for (int j = 0; j < W; ++j) a.lane[j] /= b.lane[j];
+        return a;
+    }
+    HVPFAST_INLINE V where_negative(V x, V a, V b) {
+        for (int j = 0; j < W; ++j) b.lane[j] = std::signbit(x.lane[j]) ? a.lane[j] : b.lane[j];
+        return b;
     }
     HVPFAST_INLINE V max(V a, V b) {  // b where one is NaN
         for (int j = 0; j < W; ++j) b.lane[j] = a.lane[j] > b.lane[j] ? a.lane[j] : b.lane[j];
@@ -98,6 +108,8 @@ Engine<float> engine_portable_f32() { return Body<Plain<float>>::engine(Tier::po
 Engine<double> engine_portable_f64() { return Body<Plain<double>>::engine(Tier::portable); }
 Rowwise<float> rowwise_portable_f32() { return RowBody<Plain<float>>::kernels(); }
 Rowwise<double> rowwise_portable_f64() { return RowBody<Plain<double>>::kernels(); }
+Rop<float> rop_portable_f32() { return RopBody<Plain<float>>::kernels(); }
+Rop<double> rop_portable_f64() { return RopBody<Plain<double>>::kernels(); }
 Summing<float> summing_portable_f32() { return SummingBody<Plain<float>>::kernels(); }
 Summing<double> summing_portable_f64() { return SummingBody<Plain<double>>::kernels(); }
 

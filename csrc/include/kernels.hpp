@@ -50,6 +50,20 @@ struct SoftmaxRows {
 // out = weight (diag(p) - p p') v for each row of logits, shaped like v, contiguous.
 void softmax_hvp(const SoftmaxRows& x, void* out, int threads);
 
+// of_g = phi'(x) c and of_x = phi''(x) g c for `count` contiguous values, float32 of any but float64 ones; either may be null.
+// `kind`: see Activation.
+void activation_rop(int kind, const void* x, const void* g, const void* c, Dtype dtype, int64_t count, float* of_g, float* of_x, int threads);
+
+// Contiguous x, g, c (rows, features), vectors of the features, mean and rstd of the rows, of the type summed in; null: none.
+struct NormRows {
+    const void *x, *g, *c, *weight, *c_weight, *c_bias, *mean, *rstd;
+    Dtype dtype;
+    int64_t rows, features;
+};
+
+// norm_rop: of_g and of_x (rows, features), of_w (features), each null where it is not wanted.
+void norm_rop(const NormRows& x, void* of_g, void* of_x, void* of_w, int threads);
+
 // How a norm layer's input (N, T, I) is normalised: `kind` 1: by the mean and variance of each position, 2: by its mean square,
 // 0: (x - mean) rstd, of the type summed in, or null; with `by_feature` one for each sample and feature, else each position.
 struct Normalised {

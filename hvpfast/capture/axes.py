@@ -69,7 +69,7 @@ def _dims(given: object, axes: int) -> list[int]:
     "LogBackward0 SqrtBackward0 RsqrtBackward0 AbsBackward0 SinBackward0 CosBackward0 ErfBackward0 ReciprocalBackward0 "
     "ReluBackward0 ThresholdBackward0 LeakyReluBackward0 EluBackward0 GeluBackward0 SiluBackward0 MishBackward0 TanhBackward0 "
     "SigmoidBackward0 SoftplusBackward0 HardtanhBackward0 HardswishBackward0 HardsigmoidBackward0 LogSigmoidBackward0 "
-    "ClampBackward1 ClampMinBackward0 ClampMaxBackward0 WhereBackward0 MaskedFillBackward0 ExpandBackward0"
+    "ClampBackward1 ClampMinBackward0 ClampMaxBackward0 WhereBackward0 MaskedFillBackward0 ExpandBackward0 _ActivationBackward"
 )
 def _elementwise(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: Shape) -> Axis | None:
     return _same(axis, shape, axis.number - (len(shape) - len(given)), given)
@@ -121,9 +121,10 @@ def _stacked(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: Sh
     return None if axis.number == new else _same(axis, shape, axis.number - (new < axis.number), given)
 
 
-@_nodes("NativeLayerNormBackward0")
+@_nodes("NativeLayerNormBackward0 _NormBackward")
 def _normalised(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: Shape) -> Axis | None:
-    outside = which == 0 and axis.number < len(shape) - len(node._saved_normalized_shape)
+    over = node.shape if node.name() == "_NormBackward" else node._saved_normalized_shape  # rows_twice's, or torch's
+    outside = which == 0 and axis.number < len(shape) - len(over)
     return _same(axis, shape, axis.number, given) if outside else None
 
 

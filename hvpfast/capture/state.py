@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 
-from hvpfast.capture import linear_twice
+from hvpfast.capture import linear_twice, rows_twice
 from hvpfast.capture.errors import StateError
 from hvpfast.capture.modules import named_modules, parameters
 from hvpfast.ops.shared import summed, wide
@@ -88,14 +88,16 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     """Take implementations that can be differentiated twice: the math kernel of scaled dot-product attention, recurrent
     layers without their fused library calls, which have a first derivative only, bags of embeddings by plain ops for the same
     reason, weight normalisation by plain ops (torch's fused one takes the norms for constants in its second derivative, so
-    that its Hessian is wrong), and on GPUs linear maps whose double backward is one op."""
+    that its Hessian is wrong), and activations, norm layers and, on GPUs, linear maps whose double backward is one op."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             stack.enter_context(_without_onednn())
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if linear_twice.wanted(model) or any(
-            _weight_normed(module) or isinstance(module, nn.EmbeddingBag) for module in model.modules()
+        if (
+            linear_twice.wanted(model)
+            or rows_twice.wanted(model)
+            or any(_weight_normed(module) or isinstance(module, nn.EmbeddingBag) for module in model.modules())
         ):
             stack.enter_context(_PlainOps())
         yield
@@ -119,7 +121,7 @@ class _PlainOps(TorchFunctionMode):
             return linear_twice.linear(*args, **(kwargs or {}))
         if func is F.embedding_bag:
             return _embedding_bag(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        return rows_twice.REPLACED.get(func, func)(*args, **(kwargs or {}))
 
 
 def _embedding_bag(

@@ -12,7 +12,7 @@ from hvpfast.ops.factors import conv_gram, gram
 from hvpfast.ops.kron import kron_apply, kron_solve
 from hvpfast.ops.krylov import cg_update, reorthogonalize
 from hvpfast.ops.loss import softmax_hvp, softmax_root, softmax_sample
-from hvpfast.ops.rop import linear_rop
+from hvpfast.ops.rop import activation_rop, linear_rop, norm_rop
 from hvpfast.ops.samples import (
     rotated_second_moment,
     sample_dots,

@@ -112,6 +112,7 @@ def test_sums_in_several_launches_are_those_of_one(monkeypatch):
         ("sample_dots", (wide(1 << 31, 1, 2), wide(1 << 31, 1, 2), wide(2, 2))),
         ("linear_rop", (wide(1 << 31, 2), wide(2, 2), wide(1 << 31, 2), wide(2, 2))),
         ("softmax_hvp", (wide(1 << 31, 2), wide(1 << 31, 2))),
+        ("norm_rop", (wide(1 << 31, 2), wide(1 << 31, 2), wide(1 << 31))),
         ("sample_gram", (wide(1 << 20, 1, 4096), wide(1 << 20, 1, 8), wide(2, 1, 4096), wide(2, 1, 8))),
     ],
 )
