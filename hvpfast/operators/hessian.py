@@ -4,23 +4,67 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from hvpfast.capture.problem import Evaluated
+from hvpfast import ops
+from hvpfast.capture.problem import Evaluated, Problem
+from hvpfast.capture.torch_losses import CrossEntropy
+from hvpfast.dispatch import BackendError
 from hvpfast.operators.curvature import Curvature
 from hvpfast.operators.linearize import Derivative, go_together, gradient, saved_bytes
+
+
+class _LossSlope(torch.autograd.Function):
+    """Cross-entropy's gradient in the model's output, whose own derivative is `softmax_hvp`: autograd forms it of five arrays
+    of the output's size, which for a vocabulary is much of a product."""
+
+    @staticmethod
+    def forward(ctx, output, slope, loss, target):
+        ctx.save_for_backward(output)
+        ctx.product = loss.hessian(output, target)
+        return slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, c):
+        assert ctx.saved_tensors  # raises if the output was changed in place since
+        return ctx.product(c.unsqueeze(0)).squeeze(0), None, None, None
+
+
+def _fused(loss: object, output: object) -> bool:
+    """Whether the loss is a cross-entropy of this output and `softmax_hvp` has a kernel that would run."""
+    if type(loss) is not CrossEntropy or not isinstance(output, Tensor) or output.dim() < 2:
+        return False
+    if output.dtype not in (torch.float32, torch.float64) or not output.requires_grad:
+        return False
+    logits = output.detach().movedim(1, -1)
+    try:
+        return ops.softmax_hvp.choose(logits, logits).backend != "reference"
+    except BackendError:  # another backend is forced
+        return False
+
+
+def _gradient(evaluated: Evaluated, inputs: Sequence[Tensor], problem: Problem) -> list[Tensor | None]:
+    """The loss's gradient in the parameters, with its graph."""
+    output = evaluated.output
+    if not _fused(problem.loss, output):
+        return gradient(evaluated.value, inputs)
+    (slope,) = torch.autograd.grad(evaluated.value, output)
+    return gradient(output, inputs, _LossSlope.apply(output, slope, problem.loss, evaluated.batch.target))
 
 
 class _Piece:
     """H v of one batch by a second reverse pass through the kept graph of the gradient (Pearlmutter 1994)."""
 
-    def __init__(self, evaluated: Evaluated, inputs: Sequence[Tensor], model: nn.Module):
-        slope = gradient(evaluated.value, inputs)
+    def __init__(self, evaluated: Evaluated, inputs: Sequence[Tensor], problem: Problem):
+        slope = _gradient(evaluated, inputs, problem)
         self.reached = [x is not None for x in slope]
         self._curved = [i for i, x in enumerate(slope) if x is not None and x.requires_grad]
         self._slope = [slope[i] for i in self._curved]
         self._bytes = saved_bytes(self._slope)
-        self._derivative = Derivative(self._slope, inputs, go_together(model, self._bytes))
+        self._derivative = Derivative(self._slope, inputs, go_together(problem.model, self._bytes))
         self._count = len(inputs)
 
     def product(self, parts: Sequence[Tensor]) -> list[Tensor | None]:
@@ -59,4 +103,4 @@ class Hessian(Curvature):
     _per_sample = False
 
     def _linearised(self, evaluated: Evaluated) -> _Piece:
-        return _Piece(evaluated, list(self._params.values()), self.problem.model)
+        return _Piece(evaluated, list(self._params.values()), self.problem)
