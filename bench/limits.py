@@ -1,7 +1,10 @@
 """What the figures that fall short of their aims are bound by: `python -m bench.limits`.
 
-Each row times ours, one plain gradient, and what ours cannot do without, written in plain torch: the model's forward pass, the
-backward passes to layers' outputs (no weight's gradient), and the products that the result is made of. In alternating rounds.
+Of models each row times ours, one plain gradient, and what ours cannot do without, written in plain torch: the model's forward pass,
+the backward passes to layers' outputs (no weight's gradient), and the products that the result is made of. In alternating rounds.
+
+Of ops each row times ours and torch's formulations, and asks how long the op's products take at the machine's best rate and its
+operands to be read once, as `sum` reads them: what is left of torch's time over the longer of the two is the most there is to gain.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 import hvpfast as hf
-from bench.contest import Pace, hold
+from bench import cases
+from bench.bench_ops import compete
+from bench.contest import Outcome, Pace, hold
 from bench.models import WORKLOADS, Workload, make, resnet18
 
 Products = Callable[[list[Tensor], list[Tensor]], object]
@@ -92,7 +97,7 @@ def gradient(row: Row) -> None:
     torch.autograd.grad(loss(model(x), y), list(model.parameters()))
 
 
-def products(n: int, d: int, pace: Pace) -> str:
+def products(n: int, d: int, pace: Pace) -> tuple[Outcome, str]:
     """How fast `gram` and torch's products multiply: all but torch's in float32 run on AMX, where there is AMX."""
     x = torch.randn(n, d)
     half, own, full, theirs = (
@@ -111,10 +116,78 @@ def products(n: int, d: int, pace: Pace) -> str:
     triangle = n * d * (d + 1)
     flops = {"float32": 2 * n * d * d, "torch": 2 * n * d * d, "bf16": triangle, "bf16x3": 3 * triangle}
     rates = {name: flops[name] / outcome.median(name) / 1e12 for name in calls}
-    return (
+    return outcome, (
         f"| N={n}, {d} features | {rates['bf16x3']:.2f} | {rates['bf16']:.2f} | {rates['torch']:.2f} "
         f"| {rates['float32']:.2f} | {rates['bf16x3'] / 3 / rates['float32']:.2f}x | {rates['bf16'] / rates['torch']:.2f}x |"
     )
+
+
+class Rates(NamedTuple):
+    """What the machine does: flops a second of products in float32 (torch's) and in bf16x3 (three products as one; gram's), bytes
+    a second that are read from memory and from caches."""
+
+    ieee: float
+    bf16x3: float
+    memory: float
+    caches: float
+
+    def least(self, row: cases.Row, mode: str) -> float:
+        """Seconds that the products take, or the operands to be read."""
+        flops, moved = cases.work(row)
+        if row.op == "conv_gram":
+            flops = _offset_flops(row)
+        return max(flops / getattr(self, mode), moved / (self.caches if moved < 1 << 23 else self.memory))
+
+
+def _offset_flops(row: cases.Row) -> int:
+    """Of the blocks (u, v) of a convolution's Gram matrix that differ: by v - u and by u modulo the stride; (v, u) is its image."""
+    stride, padding, dilation, groups = row.options
+    along = ((row.side + 2 * padding - dilation * (row.kernel - 1) - 1) // stride + 1) ** row.axes
+    places = list(itertools.product(range(row.kernel), repeat=row.axes))
+
+    def kind(u: tuple[int, ...], v: tuple[int, ...]) -> tuple:
+        return tuple((y - x, x * dilation % stride) for x, y in zip(u, v, strict=True))
+
+    kinds = {min(kind(u, v), kind(v, u)): u == v for u in places for v in places}
+    channels = row.i // groups
+    whole = 2 * groups * row.n * along * channels**2
+    return sum(whole // 2 if diagonal else whole for diagonal in kinds.values())
+
+
+def rates(outcomes: dict[tuple[int, int], Outcome], pace: Pace) -> Rates:
+    far, near = torch.randn(1 << 26), torch.randn(1 << 20)
+    read = hold({"far": lambda: far.sum, "near": lambda: near.sum}, lambda name, result: None, pace)
+    best = {
+        name: max(2 * n * d * d / outcome.median(name) for (n, d), outcome in outcomes.items())
+        for name in ("float32", "bf16x3")
+    }
+    return Rates(
+        best["float32"],
+        best["bf16x3"] / 2,
+        4 * far.numel() / read.median("far"),
+        4 * near.numel() / read.median("near"),
+    )
+
+
+_SHORT = (  # whose aims are missed, by op and size
+    *("sample_norms_squared N=128 T=64", "sample_norms_squared N=16 T=128", "sample_norms_squared N=64 T=16"),
+    *("sample_norms_squared N=128 T=1024", "sample_norms_squared N=8 T=2048", "sample_norms_squared N=512 T=1"),
+    *("second_moment N=16 T=128", "second_moment N=512 T=1", "second_moment N=256 T=1", "second_moment N=128 T=1024"),
+    *("sample_gram N=512 T=1", "sample_gram N=256 T=1"),
+    *("conv_gram N=128 C=64 32x32 kernel 3 stride 2", "conv_gram N=64 C=128 16x16 kernel 3 stride 2"),
+    "conv_gram N=64 C=256 8x8 kernel 3 stride 2",
+)
+
+
+def short(row: cases.Row, machine: Rates, pace: Pace) -> Iterator[str]:
+    outcome = compete(row, "cpu", pace)
+    rival = outcome.fastest([name for name in outcome.times if not name.startswith("hvpfast")])
+    for mode in ("ieee", "bf16x3"):
+        name = f"hvpfast cpu {mode}"
+        if name in outcome.times:
+            most = outcome.median(rival) / machine.least(row, mode)
+            label = row.name.removesuffix(" float32")
+            yield f"| {label} | {mode} | {1e3 * outcome.median(name):.2f} | {outcome.ratio(name, rival):.2f}x | {most:.2f}x |"
 
 
 def main() -> None:
@@ -135,8 +208,20 @@ def main() -> None:
     )
     print("| X | bf16x3 | bfloat16 data | torch, bfloat16 | torch, float32 | a square gains | over torch's |")
     print("|---|---|---|---|---|---|---|")
+    outcomes = {}
     for n, d in ((8192, 1024), (8192, 2048), (4096, 4096)):
-        print(products(n, d, pace), flush=True)
+        outcomes[n, d], line = products(n, d, pace)
+        print(line, flush=True)
+    machine = rates(outcomes, pace)
+    print(
+        f"\nOps against torch's fastest formulation, and the most there is to gain over it: {machine.ieee / 1e9:.0f} GFLOP/s in "
+        f"float32, {machine.bf16x3 / 1e9:.0f} in bf16x3, {machine.memory / 1e9:.0f} GB/s from memory, {machine.caches / 1e9:.0f} "
+        f"from caches.\n\n| op | precision | ours, ms | against torch | the most |\n|---|---|---|---|---|"
+    )
+    for row in cases.ROWS:
+        if row.dtype is torch.float32 and row.name.startswith(_SHORT):
+            for line in short(row, machine, pace):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -74,12 +74,20 @@ void write_sums(const T* sums, int64_t panel, const Part& part, int64_t copies, 
         for (int64_t i = part.i0; i < part.i1; ++i) {
             const T* from = sums + ((o - part.o0) * (part.i1 - part.i0) + i - part.i0) * panel * panel;
             const int64_t rows = least(panel, out.rows - o * panel), cols = least(panel, out.cols - i * panel);
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t c = 0; c < cols; ++c) {
-                    T sum = from[r * panel + c];
-                    for (int64_t copy = 1; copy < copies; ++copy) sum += from[copy * apart + r * panel + c];
-                    static_cast<T*>(out.data)[(o * panel + r) * out.row_stride + (i * panel + c) * out.col_stride] = sum;
+            for (int64_t r = 0; r < rows; ++r, from += panel) {
+                T* const to = static_cast<T*>(out.data) + (o * panel + r) * out.row_stride + i * panel * out.col_stride;
+                if (out.col_stride == 1) {
+                    for (int64_t c = 0; c < cols; ++c) to[c] = from[c];
+                    for (int64_t copy = 1; copy < copies; ++copy)
+                        for (int64_t c = 0; c < cols; ++c) to[c] += from[copy * apart + c];
+                    continue;
                 }
+                for (int64_t c = 0; c < cols; ++c) {
+                    T sum = from[c];
+                    for (int64_t copy = 1; copy < copies; ++copy) sum += from[copy * apart + c];
+                    to[c * out.col_stride] = sum;
+                }
+            }
         }
 }
 
@@ -142,8 +150,9 @@ template <class T>
 bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const Out& out, int threads) {
     const int64_t n_all = a.batch, columns = g.batch / n_all, panel = engine.panel, block = panel * panel;
     const bool rank_one = a.positions == 1;
-    const int64_t samples = rank_one ? ceil_div(n_all, kDepth) : g.batch;  // a slice of n, or one m, at a time
-    const int64_t depth = rank_one ? least(kDepth, n_all) : a.positions;
+    const int64_t slice_of = engine.tier == Tier::amx ? kDepth / 2 : kDepth;  // of samples, where a slice of them is one sum
+    const int64_t samples = rank_one ? ceil_div(n_all, slice_of) : g.batch;  // a slice of n, or one m, at a time
+    const int64_t depth = rank_one ? least(slice_of, n_all) : a.positions;
     const int64_t o_panels = ceil_div(out.rows, panel), i_panels = ceil_div(out.cols, panel);
     const Grid grid = choose_grid(engine, o_panels, i_panels, samples, threads);
     const Buffers<T> each(engine, least(out.rows, grid.o_step * panel), least(out.cols, grid.i_step * panel), depth, rank_one);
@@ -178,13 +187,13 @@ bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const
             Running<T> running(sums, part.blocks() * block, total);
             int64_t packed_n = -1;
             for (int64_t item = part.m0; item < part.m1; ++item) {
-                const int64_t rows = rank_one ? least(kDepth, n_all - item * kDepth) : depth;
+                const int64_t rows = rank_one ? least(slice_of, n_all - item * slice_of) : depth;
                 const Packed<T> left(engine, o_wide, rows), right(engine, i_wide, rows);
                 char *const l = mine + each.left_at, *const r = mine + each.right_at;
                 if (rank_one) {
                     T* const of_inputs = squares + rows * o_wide;
-                    square_rows(left_of, item * kDepth, rows, columns, n_all, 0, o_wide, squares);
-                    square_rows(right_of, item * kDepth, rows, 1, 0, 0, i_wide, of_inputs);
+                    square_rows(left_of, item * slice_of, rows, columns, n_all, 0, o_wide, squares);
+                    square_rows(right_of, item * slice_of, rows, 1, 0, 0, i_wide, of_inputs);
                     const Dtype dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
                     left.pack(Rows{squares, dtype, 1, rows, o_wide, 0, o_wide, 1}, l, engine.one_form ? l : nullptr, &of_g);
                     right.pack(Rows{of_inputs, dtype, 1, rows, i_wide, 0, i_wide, 1}, engine.one_form ? r : nullptr, r, &of_a);
@@ -194,16 +203,23 @@ bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const
                     if (n != packed_n) right.pack(by_position(right_of, n), engine.one_form ? r : nullptr, r, &of_a);
                     packed_n = n;
                 }
+                Upcoming next;
+                if (!rank_one && item + 1 < part.m1) {
+                    if ((item + 1) % columns == 0) next.add(right_of, item / columns + 1);
+                    next.add(left_of, ((item + 1) % columns) * n_all + (item + 1) / columns);
+                }
+                next.spread(left.panels * right.panels);
                 T* at = sums;
                 for (int64_t o = 0; o < left.panels; ++o)
                     for (int64_t i = 0; i < right.panels; ++i, at += block) {
+                        const Ahead soon = next.take();
                         if (rank_one || left.slices == 1) {
                             engine.block(rank_one ? Mode::add : Mode::add_square, left.at(l, 0, o), right.at(r, 0, i), left.width(o),
-                                         right.width(i), rows, false, at, nullptr);
+                                         right.width(i), rows, false, at, &soon);
                         } else {
                             for (int64_t slice = 0; slice < left.slices; ++slice)
                                 engine.block(slice ? Mode::add : Mode::store, left.at(l, slice, o), right.at(r, slice, i), left.width(o),
-                                             right.width(i), left.depth(slice), false, scratch, nullptr);
+                                             right.width(i), left.depth(slice), false, scratch, slice ? nullptr : &soon);
                             for (int64_t e = 0; e < left.width(o) * panel; ++e) at[e] += scratch[e] * scratch[e];
                         }
                     }
