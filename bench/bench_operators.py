@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 
@@ -160,9 +161,17 @@ def compete(kind: str, columns: int, work: Workload, device: str, pace):
     return hold(prepare, check, pace)
 
 
+@contextlib.contextmanager
 def twice_differentiable():
-    """Attention in a form that can be differentiated twice, and forward: the same for all, so that all can take part."""
-    return sdpa_kernel(SDPBackend.MATH)
+    """Attention and transformer layers in a form that can be differentiated twice, and forward: the same for all, so that all can
+    take part."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 ROWS = [

@@ -107,9 +107,13 @@ _SLOPES = {"gelu": _gelu, "gelu_tanh": _gelu_tanh, "silu": _silu, "mish": _mish,
 ACTIVATIONS = tuple(_SLOPES)  # torch's, with its default options
 
 
-def _which(name: str, of: str, letters: str, what: str) -> None:
-    if not of or any(letter not in letters for letter in of) or sorted(set(of), key=letters.index) != list(of):
-        raise ValueError(f"{name}: of is {of!r}; it must be letters of {letters!r} in that order: {what}")
+_GX, _GXW = frozenset(("gx", "g", "x")), frozenset(("gxw", "gx", "gw", "xw", "g", "x", "w"))
+
+
+def _which(name: str, of: str, letters: str) -> None:
+    raise ValueError(
+        f"{name}: of is {of!r}; it must be letters of {letters!r} in that order: whose cotangents are wanted"
+    )
 
 
 def _check_activation_rop(x, g, c, *, activation, of="gx"):
@@ -121,7 +125,8 @@ def _check_activation_rop(x, g, c, *, activation, of="gx"):
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation_rop: activation is {activation!r}; it must be one of {', '.join(ACTIVATIONS)}")
-    _which("activation_rop", of, "gx", "whose cotangents are wanted")
+    if of not in _GX:
+        _which("activation_rop", of, "gx")
 
 
 @op(check=_check_activation_rop, backends=("cpu", "triton"))
@@ -145,29 +150,33 @@ def activation_rop(x: Tensor, g: Tensor, c: Tensor, *, activation: str, of: str 
 
 
 def _check_norm_rop(x, g, rstd, *, c=None, mean=None, weight=None, c_weight=None, c_bias=None, of="gxw"):
-    name, given = "norm_rop", {"g": g, "c": c, "weight": weight, "c_weight": c_weight, "c_bias": c_bias}
-    floats(name, x=x, **{label: y for label, y in given.items() if y is not None})
-    floats(name, rstd=rstd, **({} if mean is None else {"mean": mean}))
-    if rstd.dtype not in (x.dtype, accumulate_dtype(x.dtype)):
+    name, given = "norm_rop", [y for y in (x, g, c, weight, c_weight, c_bias) if y is not None]
+    if not (usual(*given) and (usual(rstd) if mean is None else usual(rstd, mean))):
+        each = {"x": x, "g": g, "c": c, "weight": weight, "c_weight": c_weight, "c_bias": c_bias}
+        floats(name, **{label: y for label, y in each.items() if y is not None})
+        floats(name, rstd=rstd, **({} if mean is None else {"mean": mean}))
+        if rstd.device != x.device:
+            raise ValueError(f"{name}: x is on {x.device} but rstd is on {rstd.device}; move one of them")
+    if rstd.dtype is not x.dtype and rstd.dtype is not accumulate_dtype(x.dtype):
         raise TypeError(
             f"{name}: rstd is {rstd.dtype}; for x in {x.dtype} it must be that or {accumulate_dtype(x.dtype)}"
         )
-    if x.dim() != 2:
+    shape = x.shape
+    if len(shape) != 2:
         raise ValueError(
-            f"{name}: x has shape {tuple(x.shape)}; it must be (P, I): flatten what is normalised over, and the rest"
+            f"{name}: x has shape {tuple(shape)}; it must be (P, I): flatten what is normalised over, and the rest"
         )
-    rows, features = x.shape[:1], x.shape[1:]
-    for label, y, shape in (
-        ("g", g, x.shape), ("c", c, x.shape), ("rstd", rstd, rows), ("mean", mean, rows), ("weight", weight, features),
+    rows, features = shape[:1], shape[1:]
+    for label, y, needed in (
+        ("g", g, shape), ("c", c, shape), ("rstd", rstd, rows), ("mean", mean, rows), ("weight", weight, features),
         ("c_weight", c_weight, features), ("c_bias", c_bias, features),
     ):  # fmt: skip
-        if y is not None and y.shape != shape:
+        if y is not None and y.shape != needed:
             raise ValueError(
-                f"{name}: {label} has shape {tuple(y.shape)}; for x {tuple(x.shape)} it must be {tuple(shape)}"
+                f"{name}: {label} has shape {tuple(y.shape)}; for x {tuple(shape)} it must be {tuple(needed)}"
             )
-    if rstd.device != x.device:
-        raise ValueError(f"{name}: x is on {x.device} but rstd is on {rstd.device}; move one of them")
-    _which(name, of, "gxw", "whose cotangents are wanted")
+    if of not in _GXW:
+        _which(name, of, "gxw")
     if c is None and c_weight is None and c_bias is None:
         raise ValueError(f"{name}: c, c_weight and c_bias are all None; give at least one cotangent")
     if "w" in of and weight is None:
