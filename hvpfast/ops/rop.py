@@ -10,6 +10,7 @@ from torch import Tensor
 from hvpfast.arguments import accumulate_dtype, floats, usual
 from hvpfast.dispatch import op
 from hvpfast.ops.shared import wide
+from hvpfast.untouchable import fits
 
 
 def _check_linear_rop(x, w, dx, dw, *, db=None):
@@ -149,15 +150,13 @@ def activation_rop(x: Tensor, g: Tensor, c: Tensor, *, activation: str, of: str 
     return tuple(first * c if letter == "g" else second * g * c for letter in of)
 
 
-def _check_norm_rop(x, g, rstd, *, c=None, mean=None, weight=None, c_weight=None, c_bias=None, of="gxw"):
-    name, given = "norm_rop", [y for y in (x, g, c, weight, c_weight, c_bias) if y is not None]
-    if not (usual(*given) and (usual(rstd) if mean is None else usual(rstd, mean))):
-        each = {"x": x, "g": g, "c": c, "weight": weight, "c_weight": c_weight, "c_bias": c_bias}
-        floats(name, **{label: y for label, y in each.items() if y is not None})
-        floats(name, rstd=rstd, **({} if mean is None else {"mean": mean}))
-        if rstd.device != x.device:
-            raise ValueError(f"{name}: x is on {x.device} but rstd is on {rstd.device}; move one of them")
-    if rstd.dtype is not x.dtype and rstd.dtype is not accumulate_dtype(x.dtype):
+def _check_norm_tensors(name, x, g, rstd, c, mean, weight, c_weight, c_bias):
+    each = {"x": x, "g": g, "c": c, "weight": weight, "c_weight": c_weight, "c_bias": c_bias}
+    floats(name, **{label: y for label, y in each.items() if y is not None})
+    floats(name, rstd=rstd, **({} if mean is None else {"mean": mean}))
+    if rstd.device != x.device:
+        raise ValueError(f"{name}: x is on {x.device} but rstd is on {rstd.device}; move one of them")
+    if rstd.dtype not in (x.dtype, accumulate_dtype(x.dtype)):
         raise TypeError(
             f"{name}: rstd is {rstd.dtype}; for x in {x.dtype} it must be that or {accumulate_dtype(x.dtype)}"
         )
@@ -175,6 +174,22 @@ def _check_norm_rop(x, g, rstd, *, c=None, mean=None, weight=None, c_weight=None
             raise ValueError(
                 f"{name}: {label} has shape {tuple(y.shape)}; for x {tuple(shape)} it must be {tuple(needed)}"
             )
+
+
+def _check_norm_rop(x, g, rstd, *, c=None, mean=None, weight=None, c_weight=None, c_bias=None, of="gxw"):
+    name, given, letters = "norm_rop", [x, g, rstd], "pi,pi,p"
+    if c is not None:
+        given.append(c)
+        letters += ",pi"
+    if mean is not None:
+        given.append(mean)
+        letters += ",p"
+    for y in (weight, c_weight, c_bias):
+        if y is not None:
+            given.append(y)
+            letters += ",i"
+    if not fits(letters, *given):  # the usual case, found out without a reason
+        _check_norm_tensors(name, x, g, rstd, c, mean, weight, c_weight, c_bias)
     if of not in _GXW:
         _which(name, of, "gxw")
     if c is None and c_weight is None and c_bias is None:
