@@ -282,6 +282,27 @@ def test_left_to_torch(monkeypatch):
                 bad()
 
 
+def test_checkpoints_make_the_same_graph_again(calls):
+    """At every product, also of a kept graph, when torch's own functions are no longer replaced."""
+
+    class Saves(nn.Sequential):
+        def forward(self, x):
+            return (
+                super().forward(x)
+                if self.training
+                else torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+            )
+
+    torch.manual_seed(0)
+    model = Saves(nn.Linear(8, 6), nn.LayerNorm(6), nn.GELU(), nn.Linear(6, 3))
+    x, y, v = torch.randn(4, 8), torch.randint(0, 3, (4,)), torch.randn(87)
+    want = hf.Hessian(model, LOSS, (x, y)) @ v
+    made = hf.Hessian(model.eval(), LOSS, (x, y))
+    calls.clear()
+    assert all(relative(made @ v, want) < 3e-6 for _ in range(2))
+    assert not calls
+
+
 def test_values_are_torchs_own(taken):
     torch.manual_seed(0)
     x, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((7, 9), (9,), (9,)))
