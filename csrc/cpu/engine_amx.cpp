@@ -173,7 +173,7 @@ void walk(const void* left, const void* right, int64_t left_row, int64_t right_r
 
 template <int PARTS>
 constexpr Engine<float> engine() {
-    return {kPanel, kGroup, false, Tier::amx, panel_bytes<PARTS>, pack<PARTS>, block<PARTS>, nullptr, nullptr, 0, 0, walk<PARTS>, nullptr, nullptr, begin, end};
+    return {kPanel, kGroup, false, Tier::amx, panel_bytes<PARTS>, pack<PARTS>, pack_squares<PARTS>, block<PARTS>, nullptr, nullptr, 0, 0, walk<PARTS>, nullptr, nullptr, begin, end};
 }
 
 constexpr Engine<float> kOnce = engine<1>(), kThrice = engine<2>();

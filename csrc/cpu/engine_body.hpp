@@ -325,7 +325,7 @@ struct Body {
     static void nothing() {}
 
     static Engine<T> engine(Tier tier) {
-        return {kPanel, 1, true, tier, panel_bytes, pack, block, direct, few, R, sizeof(T) == 4 && W % R == 0 ? W : 0, walk, turn, row_squares, nothing, nothing};
+        return {kPanel, 1, true, tier, panel_bytes, pack, nullptr, block, direct, few, R, sizeof(T) == 4 && W % R == 0 ? W : 0, walk, turn, row_squares, nothing, nothing};
     }
 };
 

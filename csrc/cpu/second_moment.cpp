@@ -145,11 +145,17 @@ Batch narrowed(const Batch& x, int64_t first, int64_t count) {
     return part;
 }
 
+// Samples n0 .. n0 + rows of one position as rows.
+Rows sample_rows(const Batch& x, int64_t n0, int64_t rows) {
+    return {at_element(x.data, x.dtype, n0 * x.batch_stride), x.dtype, 1, rows, x.features, 0, x.batch_stride, x.feature_stride};
+}
+
 // False if a reduced-precision engine met values outside its range: out is untouched then.
 template <class T>
 bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const Out& out, int threads) {
     const int64_t n_all = a.batch, columns = g.batch / n_all, panel = engine.panel, block = panel * panel;
     const bool rank_one = a.positions == 1;
+    const bool squared = rank_one && engine.pack_squares != nullptr && columns == 1 && a.feature_stride == 1 && g.feature_stride == 1;
     const int64_t slice_of = engine.tier == Tier::amx ? kDepth / 2 : kDepth;  // of samples, where a slice of them is one sum
     const int64_t samples = rank_one ? ceil_div(n_all, slice_of) : g.batch;  // a slice of n, or one m, at a time
     const int64_t depth = rank_one ? least(slice_of, n_all) : a.positions;
@@ -190,7 +196,10 @@ bool moments_with(const Engine<T>& engine, const Batch& a, const Batch& g, const
                 const int64_t rows = rank_one ? least(slice_of, n_all - item * slice_of) : depth;
                 const Packed<T> left(engine, o_wide, rows), right(engine, i_wide, rows);
                 char *const l = mine + each.left_at, *const r = mine + each.right_at;
-                if (rank_one) {
+                if (squared) {
+                    left.pack(sample_rows(left_of, item * slice_of, rows), l, nullptr, &of_g, nullptr, true);
+                    right.pack(sample_rows(right_of, item * slice_of, rows), nullptr, r, &of_a, nullptr, true);
+                } else if (rank_one) {
                     T* const of_inputs = squares + rows * o_wide;
                     square_rows(left_of, item * slice_of, rows, columns, n_all, 0, o_wide, squares);
                     square_rows(right_of, item * slice_of, rows, 1, 0, 0, i_wide, of_inputs);

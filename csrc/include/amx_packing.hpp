@@ -139,8 +139,9 @@ void pack_across_half(const uint16_t* p, int64_t apart, int n, char* a, char* b,
     }
 }
 
-template <int PARTS>
-void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* left, void* right, PackStats* stats) {
+// SQUARES: of the values' squares, for float32 features that lie side by side.
+template <int PARTS, bool SQUARES>
+void pack_rows(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* left, void* right, PackStats* stats) {
     const int64_t first = p * kPanel;
     const int64_t features = least(kPanel, x.cols + ones - first);
     const int strips = features > 16 ? 2 : 1;
@@ -150,6 +151,10 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
     for (Split& one : seen) one.largest = _mm512_setzero_si512(), one.low_squares = _mm512_setzero_ps();
     Cursor cursor(x, row);
     alignas(64) float held[32][16];
+    const auto row_of = [&](int64_t at, int n) {
+        const __m512 values = float_row(x, at, n);
+        return SQUARES ? _mm512_mul_ps(values, values) : values;
+    };
     for (int64_t k0 = 0; k0 < k; k0 += kGroup) {
         const int rows = int(least(kGroup, k - k0));
         int64_t offset[32];
@@ -189,12 +194,11 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
             } else if (x.col_stride == 1 && rows == 32 && n == 16) {
 #pragma GCC unroll 16
                 for (int r = 0; r < 16; ++r)
-                    split_pair<PARTS>(float_row(x, offset[2 * r] + feature, 16),
-                                      float_row(x, offset[2 * r + 1] + feature, 16), seen[s], high[r], low[r]);
+                    split_pair<PARTS>(row_of(offset[2 * r] + feature, 16), row_of(offset[2 * r + 1] + feature, 16), seen[s], high[r], low[r]);
             } else {
                 if (x.col_stride == 1) {
                     for (int r = 0; r < 32; ++r)
-                        _mm512_store_ps(held[r], r < rows ? float_row(x, offset[r] + feature, n) : _mm512_setzero_ps());
+                        _mm512_store_ps(held[r], r < rows ? row_of(offset[r] + feature, n) : _mm512_setzero_ps());
                 } else {
                     gather(x, offset, rows, feature, n, held);
                 }
@@ -233,4 +237,14 @@ void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* lef
                                  _mm512_add_ps(_mm512_loadu_ps(stats->low_squares + 16 * s), seen[s].low_squares));
     }
     __asm__ volatile("" ::: "memory");
+}
+
+template <int PARTS>
+void pack(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* left, void* right, PackStats* stats) {
+    pack_rows<PARTS, false>(x, row, k, p, ones, left, right, stats);
+}
+
+template <int PARTS>
+void pack_squares(const Rows& x, int64_t row, int64_t k, int64_t p, void* left, void* right, PackStats* stats) {
+    pack_rows<PARTS, true>(x, row, k, p, false, left, right, stats);
 }

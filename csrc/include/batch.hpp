@@ -68,13 +68,15 @@ struct Packed {
     }
     int64_t width(int64_t panel) const { return least(engine.panel, features - panel * engine.panel); }
     // `low`: for each feature of the panels, the sum of its squared low halves is added here; may be null.
-    void pack(const Rows& x, char* left, char* right, PackStats* stats, float* low = nullptr) const {
+    // `squares`: those of the values, by an engine that can.
+    void pack(const Rows& x, char* left, char* right, PackStats* stats, float* low = nullptr, bool squares = false) const {
         for (int64_t slice = 0; slice < slices; ++slice)
             for (int64_t p = 0; p < panels; ++p) {
                 stats->low_squares = low == nullptr ? nullptr : low + p * engine.panel;
                 const int64_t at = slice * slice_bytes() + p * engine.panel_bytes(depth(slice));
-                engine.pack(x, slice * deepest, depth(slice), p, false, left == nullptr ? nullptr : left + at,
-                            right == nullptr ? nullptr : right + at, stats);
+                char *const a = left == nullptr ? nullptr : left + at, *const b = right == nullptr ? nullptr : right + at;
+                if (squares) engine.pack_squares(x, slice * deepest, depth(slice), p, a, b, stats);
+                else engine.pack(x, slice * deepest, depth(slice), p, false, a, b, stats);
             }
     }
 };

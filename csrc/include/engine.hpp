@@ -71,6 +71,8 @@ struct Engine {
     // Packs rows [row, row + k) of features [p * panel, (p + 1) * panel) as left (`a`) and right (`b`) operand; either
     // may be null, and with one_form only `a` is written. With `ones`, feature x.cols is 1 in every row.
     void (*pack)(const Rows& x, int64_t row, int64_t k, int64_t p, bool ones, void* a, void* b, PackStats* stats);
+    // The squares of float32 features that lie side by side, likewise; null but on AMX.
+    void (*pack_squares)(const Rows& x, int64_t row, int64_t k, int64_t p, void* a, void* b, PackStats* stats);
     // c (rows of length `panel`) over the first ni x nj features. `upper`: only elements on and above the diagonal are
     // needed. `ahead` may be null.
     double (*block)(Mode mode, const void* a, const void* b, int64_t ni, int64_t nj, int64_t k, bool upper, T* c,
