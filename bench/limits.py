@@ -1,10 +1,10 @@
 """What the figures that fall short of their aims are bound by: `python -m bench.limits`.
 
-Of models each row times ours, one plain gradient, and what ours cannot do without, written in plain torch: the model's forward pass,
-the backward passes to layers' outputs (no weight's gradient), and the products that the result is made of. In alternating rounds.
+Of models each row times ours, one plain gradient, and what ours cannot do without, written in plain torch: the model's forward
+pass, the backward passes to layers' outputs (no weight's gradient), and the products that the result is made of.
 
-Of ops each row times ours and torch's formulations, and asks how long the op's products take at the machine's best rate and its
-operands to be read once, as `sum` reads them: what is left of torch's time over the longer of the two is the most there is to gain.
+Of ops each row times ours and torch's formulations, and asks how long the op's products take at the machine's best rate, and its
+operands to be read once, as `sum` reads them: torch's time over the longer of the two is the most there is to gain.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Rates(NamedTuple):
 
 
 def _offset_flops(row: cases.Row) -> int:
-    """Of the blocks (u, v) of a convolution's Gram matrix that differ: by v - u and by u modulo the stride; (v, u) is its image."""
+    """Of the blocks (u, v) of a convolution's Gram matrix that differ: by v - u and u modulo the stride; (v, u) is its image."""
     stride, padding, dilation, groups = row.options
     along = ((row.side + 2 * padding - dilation * (row.kernel - 1) - 1) // stride + 1) ** row.axes
     places = list(itertools.product(range(row.kernel), repeat=row.axes))

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from hvpfast.capture.data import Batch, tensors_in
 from hvpfast.capture.errors import NonFiniteError, StateError
@@ -50,6 +51,7 @@ class Curvature(LinearOperator):
         self._kept: list[tuple[Piece, Batch, float]] | None = None
         self._state: tuple | None = None
         self._keeps, self._verified, self._scale = True, False, 1.0
+        self._recomputes = False  # whether products run parts of the model again
         self.graphs, self._graphed = Graphs(type(self).__name__, self.space), False
 
     def _evaluated(self, batch: Batch) -> Evaluated:
@@ -116,8 +118,16 @@ class Curvature(LinearOperator):
         return total if single or self._scale == 1 else total.div_(self._scale)
 
     def _product(self, piece: Piece, parts: list[Tensor], batch: Batch) -> list[Tensor | None]:
+        # A checkpoint runs the model again, which must take what it took the first time.
+        again = twice_differentiable(self.problem.model) if self._recomputes else contextlib.nullcontext()
         try:
-            return piece.product(parts)
+            with again:
+                return piece.product(parts)
+        except CheckpointError:
+            if self._recomputes:
+                raise
+            self._recomputes = True
+            return self._product(piece, parts, batch)
         except RuntimeError as error:
             if "modified by an inplace operation" in str(error):
                 raise StateError(

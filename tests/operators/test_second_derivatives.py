@@ -134,3 +134,27 @@ def test_bags_of_embeddings(mode, weighted, padding, listed):
     p = torch.softmax(output.detach(), 1)
     middle = torch.block_diag(*(torch.diag(one) - torch.outer(one, one) for one in p)) / len(p)
     assert relative(hf.GGN(model, loss, (x, y)).to_dense(), jacobian.T @ middle @ jacobian) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [hf.Hessian, hf.GGN])
+def test_attention_in_a_checkpoint_at_every_product(kind):
+    """The kept graph runs the layer again, which must take the math kernel again."""
+
+    class Saves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.last = nn.TransformerEncoderLayer(8, 2, 16, dropout=0, batch_first=True), nn.Linear(8, 3)
+            self.saves = True
+
+        def forward(self, x):
+            h = torch.utils.checkpoint.checkpoint(self.layer, x, use_reentrant=False) if self.saves else self.layer(x)
+            return self.last(h.mean(1))
+
+    model, x, y = Saves(), torch.randn(4, 5, 8), torch.randint(0, 3, (4,))
+    made = kind(model, nn.CrossEntropyLoss(), (x, y))
+    v = torch.randn(made.shape[0], 2)
+    got = [made @ v, made @ v, made @ v[:, 0]]
+    model.saves = False
+    want = kind(model, nn.CrossEntropyLoss(), (x, y)) @ v
+    for one in (got[0], got[1], torch.stack([got[2], want[:, 1]], 1)):
+        assert relative(one, want) < 1e-12
