@@ -153,6 +153,8 @@ def supports(v: Tensor | Sequence[Tensor]) -> str | None:
     layers = [v] if isinstance(v, Tensor) else v
     if len({x.device for x in layers}) > 1:
         return "the layers are on several devices; one launch runs on one"
+    if layers and layers[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, and a table of addresses would have to come from the host"
     return next((reason for reason in map(tiles.unfit, layers) if reason is not None), None)
 
 

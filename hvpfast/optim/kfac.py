@@ -16,6 +16,7 @@ from hvpfast.optim.layers import KroneckerLayer, Layer, RowLayer
 from hvpfast.optim.options import SCHEDULES, Schedule, Scheduled, check_model, choice, float_dtype, refuse, skips
 from hvpfast.optim.passes import Pass, Recorder
 from hvpfast.optim.structure import check_state, check_structure, tracked_parameters, unit_of
+from hvpfast.optim.together import precondition
 
 TOLERANCE = 0.05  # off-diagonal mass, relative, up to which an earlier eigenbasis serves: see `eigen.eigendecompose`
 DROWNED = 0.1  # times the tolerance and the damping: eigenvalues below that count as zero
@@ -122,7 +123,8 @@ class KFACPreconditioner(Scheduled):
         self.factor_dtype = float_dtype(factor_dtype, who, "factor_dtype", narrow=False)
         self.inv_dtype = float_dtype(inv_dtype, who, "inv_dtype", narrow=True)
         self.accumulation_steps, self.tolerance = accumulation_steps, tolerance
-        self._drowned = DROWNED * tolerance
+        # On GPUs whole bases: leaving directions out is a wait, and takes a layer out of the launch that it shares.
+        self._drowned = 0.0 if any(p.is_cuda for p in model.parameters()) else DROWNED * tolerance
         if (self.fisher_type == "mc") != (loss_fn is not None):
             raise ValueError(
                 f"{who}: fisher_type is {fisher_type!r} and loss_fn is {loss_fn!r}; 'mc' draws targets for a loss, so it "
@@ -303,25 +305,27 @@ class KFACPreconditioner(Scheduled):
 
     def _precondition(self) -> None:
         damping, limit, lr = self.damping, self.kl_clip, self.lr
-        results: list[tuple[list[Tensor], list[Tensor], Tensor]] = []
+        acting: list[Layer] = []
+        given: list[list[Tensor]] = []
         partial: list[str] = []
         for layer in self._layers.values():
             grads = [p.grad for p in layer.params]
             if layer.ready and all(grad is not None for grad in grads):
-                parts, dot = layer.precondition(grads, damping)
-                results.append((grads, parts, dot))
+                acting.append(layer)
+                given.append(grads)
             elif any(grad is not None for grad in grads) and any(grad is None for grad in grads):
                 partial += [name for name, grad in zip(layer.unit.names, grads, strict=True) if grad is not None]
         self._name_the_plain(partial)
-        if not results:
+        if not acting:
             return
-        dots = torch.stack([dot for _, _, dot in results])
+        found = precondition(acting, given, damping)
+        dots = torch.stack([dot for _, dot in found])
         fine = dots.isfinite()
         nu: Tensor | float = 1.0
         if limit is not None:
             total = torch.where(fine, dots, 0.0).sum().abs()
             nu = (limit / (lr * lr * total)).sqrt().clamp(max=1.0)
-        for (grads, parts, _), good in zip(results, fine.unbind(), strict=True):
+        for grads, (parts, _), good in zip(given, found, fine.unbind(), strict=True):
             for grad, part in zip(grads, parts, strict=True):
                 part = part.mul_(
                     nu

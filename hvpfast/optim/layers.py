@@ -213,9 +213,13 @@ class KroneckerLayer(Layer):
         )
         self._prepared, self._scale = damping, None
 
-    def _scaled(self, damping: float) -> Tensor:
+    def _basis(self, damping: float) -> Spectrum:
         if self._spectrum is None or (self.drowned and damping < 0.5 * self._prepared):
             self._prepare(damping)
+        return self._spectrum
+
+    def _scaled(self, damping: float) -> Tensor:
+        self._basis(damping)
         if self._scale is None or self._damping != damping:
             values = self._spectrum.values
             scale = (values + damping).reciprocal_()
@@ -226,8 +230,27 @@ class KroneckerLayer(Layer):
     def set_inverses(self, a: Tensor, g: Tensor) -> None:
         self.inverses = a.to(self.inv_dtype), g.to(self.inv_dtype)
 
+    def joined(self, grads: Sequence[Tensor]) -> Tensor:
+        """The block's gradients as (1, B, O, I), in inv_dtype."""
+        return joined(self.layout, [grad.unsqueeze(0) for grad in grads]).to(self.inv_dtype)
+
+    def operands(self, damping: float) -> tuple[Tensor, ...] | None:
+        """What `kron_apply` takes of this layer, (G^-1, A^-1), or `kron_solve`, (Q_G, Q_A, eigenvalues): of one group whose
+        sides are whole matrices; else None."""
+        if self.inverses is not None:
+            a, g = self.inverses
+            return (g[0], a[0]) if a.dim() == g.dim() == 3 and len(a) == 1 else None
+        found = self._basis(damping)
+        if found.shape[0] > 1 or not found.complete or found.a.vectors is None or found.g.vectors is None:
+            return None
+        return found.g.vectors[0], found.a.vectors[0], found.values[0]
+
+    def parted(self, given: Tensor, v: Tensor) -> tuple[list[Tensor], Tensor]:
+        """What `precondition` returns, of its gradients and what became of them, (1, B, O, I)."""
+        return [part[0] for part in self.layout.split(v)], _dot(given, v)
+
     def precondition(self, grads: Sequence[Tensor], damping: float) -> tuple[list[Tensor], Tensor]:
-        given = joined(self.layout, [grad.unsqueeze(0) for grad in grads]).to(self.inv_dtype)
+        given = self.joined(grads)
         v = given
         if self.inverses is not None:
             v = _both_sides(*self.inverses, given)
@@ -236,7 +259,7 @@ class KroneckerLayer(Layer):
             v = self._spectrum.rotate_back(self._spectrum.rotate(given) * scale.to(self.inv_dtype))
             if not self._spectrum.complete:
                 v.add_(given, alpha=1 / damping)
-        return [part[0] for part in self.layout.split(v)], _dot(given, v)
+        return self.parted(given, v)
 
     def state(self) -> dict[str, object]:
         kept = super().state()

@@ -1,5 +1,7 @@
 """kron_apply and kron_solve in Triton, all layers in one launch a stage, against float64."""
 
+import types
+
 import pytest
 import torch
 from hvpfast.kernels import grouped, kron_apply, kron_solve
@@ -70,3 +72,9 @@ def test_one_layer_and_refusals():
     assert "cuBLAS" in grouped.worthwhile(v, "ieee") and grouped.worthwhile(v, "auto") is None
     assert grouped.worthwhile([v, v], "ieee") is None
     assert kron_apply.kron_apply([], [], []) == [] and DEVICE
+
+
+def test_a_capture_takes_no_table_from_the_host(monkeypatch):
+    layer = types.SimpleNamespace(device="cuda:0", is_cuda=True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert "captured" in grouped.supports([layer])
