@@ -17,9 +17,8 @@ from hvpfast.capture.problem import finite
 from hvpfast.dispatch import BackendError, backend_in_use, graphs_in_use, precision_in_use
 from hvpfast.space import Space
 
-_streams: dict[
-    int, torch.cuda.Stream
-] = {}  # one a device: parameters that two operators share have their gradients' ends there
+# One a device: parameters that two operators share have their gradients' ends there.
+_streams: dict[int, torch.cuda.Stream] = {}
 _broken: list[torch.cuda.CUDAGraph] = []  # whose capture failed: the allocator may go on asking them
 
 
