@@ -4,7 +4,7 @@ Of models each row times ours, one plain gradient, and what ours cannot do witho
 pass, the backward passes to layers' outputs (no weight's gradient), and the products that the result is made of.
 
 Of ops each row times ours and torch's formulations, and asks how long the op's products take at the machine's best rate, and its
-operands to be read once, as `sum` reads them: torch's time over the longer of the two is the most there is to gain.
+tensors to be moved once, as `sum` reads them: torch's time over the longer of the two is the most there is to gain.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Rates(NamedTuple):
     caches: float
 
     def least(self, row: cases.Row, mode: str) -> float:
-        """Seconds that the products take, or the operands to be read."""
+        """Seconds that the products take, or the tensors to be moved once."""
         flops, moved = cases.work(row)
         if row.op == "conv_gram":
             flops = _offset_flops(row)

@@ -67,7 +67,7 @@ class KFACPreconditioner(Scheduled):
             output's rows, and positions where it has more than two axes.
         tolerance: of "eigen". An earlier eigenbasis is kept, or turned, while what it leaves off the diagonal is below
             this, relative to the factor; else it is found anew. Directions in which no eigenvalue reaches a tenth of this
-            times the damping count as zero: they are then no part of the products. 0: always anew, and every direction.
+            times the damping count as zero (on a CPU): they are then no part of the products. 0: always anew, every direction.
 
     Safe paths. A NaN or inf in a layer's gradient, or in its preconditioned one: the plain gradient stays. In a step's
     factors: the last good ones stay. A decomposition that fails in float64 too: the last good one stays. Each is warned of

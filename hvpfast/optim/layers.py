@@ -241,6 +241,8 @@ class KroneckerLayer(Layer):
             a, g = self.inverses
             return (g[0], a[0]) if a.dim() == g.dim() == 3 and len(a) == 1 else None
         found = self._basis(damping)
+        if self.inv_dtype is not found.values.dtype:  # coarse bases, exact eigenvalues: the op takes one dtype
+            return None
         if found.shape[0] > 1 or not found.complete or found.a.vectors is None or found.g.vectors is None:
             return None
         return found.g.vectors[0], found.a.vectors[0], found.values[0]

@@ -69,10 +69,12 @@ def test_as_layer_by_layer(monkeypatch, method, tolerance):
     assert all(count in ((3,) if not tolerance or method == "inverse" else (1, 2, 3)) for _, count in calls)
 
 
-def test_narrow_inverses_keep_their_dtype(monkeypatch):
-    want = stepped(hf.optim.KFACPreconditioner, torch.float32, inv_dtype=torch.bfloat16, compute_method="inverse")
+@pytest.mark.parametrize("method", ["eigen", "inverse"])
+def test_narrow_inverses_keep_their_dtype(monkeypatch, method):
+    options = {"inv_dtype": torch.bfloat16, "compute_method": method}
+    want = stepped(hf.optim.KFACPreconditioner, torch.float32, **options)
     monkeypatch.setattr(together, "TOGETHER", ("cpu",))
-    got = stepped(hf.optim.KFACPreconditioner, torch.float32, inv_dtype=torch.bfloat16, compute_method="inverse")
+    got = stepped(hf.optim.KFACPreconditioner, torch.float32, **options)
     for one, other in zip(got, want, strict=True):
         for name, grad in one.items():
             assert grad.dtype is torch.float32 and (grad - other[name]).norm() <= 0.05 * other[name].norm(), name
