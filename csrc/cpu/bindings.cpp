@@ -116,6 +116,31 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         conv_gram(shape, alpha, beta, to, Precision(precision), threads, ConvForm(form));
     });
+    // x (rows, deep), w (deep, columns), and their strides.
+    m.def("matmul", [](uintptr_t x, int64_t x_row, int64_t x_col, uintptr_t w, int64_t w_row, int64_t w_col, uintptr_t bias, uintptr_t out, int64_t out_row,
+                       int64_t rows, int64_t deep, int64_t columns, int threads) {
+        const Rows left{reinterpret_cast<const void*>(x), Dtype::f32, 1, deep, rows, 0, x_col, x_row};
+        const Rows right{reinterpret_cast<const void*>(w), Dtype::f32, 1, deep, columns, 0, w_row, w_col};
+        const Out to{reinterpret_cast<void*>(out), rows, columns, out_row, 1};
+        py::gil_scoped_release release;
+        return matmul(left, right, reinterpret_cast<const float*>(bias), to, threads);
+    }, "Whether it was computed.");
+    // `axes`: two of (size, kernel, stride, padding, dilation, places).
+    m.def("convolve", [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t out, bool transposed, int64_t batch, int64_t channels, int64_t features,
+                         py::tuple axes, py::tuple x_strides, py::tuple w_strides, int threads) {
+        const auto read = [](py::handle from, size_t at) { return int64_t(PyLong_AsLongLong(PyTuple_GET_ITEM(from.ptr(), Py_ssize_t(at)))); };
+        Convolved one{reinterpret_cast<const float*>(x), reinterpret_cast<const float*>(w), reinterpret_cast<const float*>(bias), reinterpret_cast<float*>(out),
+                      transposed, batch, channels, features, {}, {}, {}, {}, {}, {}, {}, {}};
+        for (size_t d = 0; d < 2; ++d) {
+            const py::handle axis = axes[d];
+            one.size[d] = read(axis, 0), one.kernel[d] = read(axis, 1), one.stride[d] = read(axis, 2), one.padding[d] = read(axis, 3);
+            one.dilation[d] = read(axis, 4), one.places[d] = read(axis, 5);
+        }
+        for (size_t d = 0; d < 3; ++d) one.x_stride[d] = read(x_strides, d);
+        for (size_t d = 0; d < 4; ++d) one.w_stride[d] = read(w_strides, d);
+        py::gil_scoped_release release;
+        return convolve(one, threads);
+    }, "Whether it was computed.");
     m.def("gram_slower", [](int64_t rows, int64_t features, bool turned, int dtype, int precision) {
         return gram_slower(rows, features, turned, Dtype(dtype), Precision(precision));
     }, "Why torch is as fast at this size, or None.");

@@ -99,4 +99,22 @@ enum class ConvForm : int { automatic = 0, panels = 1, lanes = 2, patches = 3 };
 // never formed. `form`: one way of computing it where that can be done (tests), else the one that should be fastest.
 void conv_gram(const Convolution& x, double alpha, double beta, const GroupsOut& out, Precision precision, int threads, ConvForm form);
 
+// out = x w + bias (out.cols, or null) in bf16x3: `x` and `w` as rows of the axis that is summed over, with out's rows and columns as
+// features; out's columns lie side by side. False: see `convolve`.
+bool matmul(const Rows& x, const Rows& w, const float* bias, const Out& out, int threads);
+
+// A convolution with bias (or null): x (batch, channels, size), whose columns lie side by side, w (features, channels, kernel), out
+// (batch, features, places), contiguous; or its `transposed`: w (channels, features, kernel), `stride` and `padding` those of the
+// convolution whose input's gradient it is; with a stride above 1, dilation is 1.
+struct Convolved {
+    const float *x, *w, *bias;
+    float* out;
+    bool transposed;
+    int64_t batch, channels, features, size[2], kernel[2], stride[2], padding[2], dilation[2], places[2];
+    int64_t x_stride[3], w_stride[4];
+};
+
+// In bf16x3. False: it is not, since there is no AMX or values lie outside bf16's range, and `out` must be computed otherwise.
+bool convolve(const Convolved& x, int threads);
+
 }  // namespace hvpfast
