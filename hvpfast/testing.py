@@ -190,6 +190,8 @@ def make_inputs(
         "bias_sample_stats": lambda: ((draw(n, t, o),), {}),
         "embedding_sample_norms": lambda: (lookup(), {}),
         "embedding_second_moment": lambda: ((*lookup(), i + 1), {}),
+        "matmul": lambda: ((draw(n * t, i), draw(i, o)), {"bias": draw(o)}),
+        "convolve": lambda: ((draw(n, i, t + 2, 5), draw(o, i, 3, 2)), {"padding": 1, "bias": draw(o)}),
         "cg_update": iteration,
         "linear_rop": rop,
         "activation_rop": lambda: (tuple(3 * draw(n, t, i) for _ in range(3)), {"activation": "gelu"}),

@@ -28,6 +28,14 @@ from hvpfast.kernels.native_cuda import (  # noqa: F401 (re-exported: dispatch l
     cuda_reorthogonalize_supports,
     cuda_reorthogonalize_worthwhile,
 )
+from hvpfast.kernels.native_layers import (  # noqa: F401 (re-exported)
+    cpu_convolve,
+    cpu_convolve_supports,
+    cpu_convolve_worthwhile,
+    cpu_matmul,
+    cpu_matmul_supports,
+    cpu_matmul_worthwhile,
+)
 from hvpfast.kernels.native_rop import (  # noqa: F401 (re-exported)
     cpu_activation_rop,
     cpu_activation_rop_supports,

@@ -22,6 +22,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEFT_OUT = {"triton": (torch.float64,), "cuda": (torch.float64,), ("activation_rop", "cpu"): (torch.float64,)}
 
 
+# Ops whose kernels know bf16x3 only: tests/kernels/test_cpu_layers.py holds them
+REDUCED = ("matmul", "convolve")
+
+
 class Size(NamedTuple):
     """N samples, T positions, I and O features, K columns."""
 

@@ -136,6 +136,12 @@ def _product(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: Sh
     return _same(axis, shape, 0, given) if axis.number == 0 and rows else None
 
 
+@_nodes("_LinearBackward")
+def _linear(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: Shape) -> Axis | None:
+    """The package's own (see `statistics_precision`): all axes but the last are rows."""
+    return _same(axis, shape, axis.number, given) if which == 0 and axis.number < len(shape) - 1 else None
+
+
 @_nodes("BmmBackward0")
 def _products(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: Shape) -> Axis | None:
     return _same(axis, shape, 0, given) if axis.number == 0 else None
@@ -150,7 +156,7 @@ def _attention(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: 
 
 
 @_nodes(
-    "ConvolutionBackward0 MaxPool2DWithIndicesBackward0 MaxPool3DWithIndicesBackward0 AvgPool2DBackward0 AvgPool3DBackward0 "
+    "ConvolutionBackward0 _ConvolutionBackward MaxPool2DWithIndicesBackward0 MaxPool3DWithIndicesBackward0 AvgPool2DBackward0 AvgPool3DBackward0 "
     "AdaptiveAvgPool2DBackward0 AdaptiveAvgPool3DBackward0 ConstantPadNdBackward0 ReflectionPad1DBackward0 "
     "ReflectionPad2DBackward0 ReplicationPad1DBackward0 ReplicationPad2DBackward0 UpsampleNearest2DBackward0 "
     "UpsampleBilinear2DBackward0 NativeGroupNormBackward0 NativeBatchNormBackward0"

@@ -39,7 +39,14 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(
-    who: str, model: object, loss: object, batch: object, params: object, reduction: str | None, chunk_size: int | None
+    who: str,
+    model: object,
+    loss: object,
+    batch: object,
+    params: object,
+    reduction: str | None,
+    chunk_size: int | None,
+    statistic: bool = False,
 ) -> Iterator[_Chunk]:
     if isinstance(model, record):
         if loss is not None or batch is not None or params is not None or chunk_size is not None:
@@ -60,7 +67,7 @@ def _chunks(
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"{who}: chunk_size is {chunk_size!r}; it must be a positive number of samples")
     for part in _split(batch, chunk_size, who):
-        samples = Samples(model, loss, part, params, who)
+        samples = Samples(model, loss, part, params, who, statistic)
         yield _Chunk(samples.names, samples.map, 1.0)
 
 
@@ -193,7 +200,7 @@ def per_sample_grad_norms(
     Samples and errors as for `per_sample_grads`.
     """
     who = "per_sample_grad_norms"
-    chunks = _chunks(who, model, loss, batch, params, reduction, chunk_size)
+    chunks = _chunks(who, model, loss, batch, params, reduction, chunk_size, statistic=True)
     norms = [_norms(who, names, each(methodcaller("norms_squared")), scale) for names, each, scale in chunks]
     return norms[0] if len(norms) == 1 else torch.cat(norms)
 
@@ -244,7 +251,9 @@ def grad_second_moment(
     Samples and errors as for `per_sample_grads`.
     """
     total: dict[str, Tensor] = {}
-    for names, each, scale in _chunks("grad_second_moment", model, loss, batch, params, reduction, chunk_size):
+    for names, each, scale in _chunks(
+        "grad_second_moment", model, loss, batch, params, reduction, chunk_size, statistic=True
+    ):
         for name, moment in zip(names, each(methodcaller("second_moment")), strict=True):
             _require_finite(moment, "grad_second_moment", name)
             moment = moment if scale == 1 else moment * scale**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -14,6 +15,7 @@ from hvpfast.capture.data import Batch, call, tensors_in
 from hvpfast.capture.problem import Problem
 from hvpfast.capture.site import DenseSite, Site
 from hvpfast.capture.state import preserved
+from hvpfast.capture.statistics_precision import statistics_precision
 from hvpfast.capture.tape import recording
 
 _warned: set[tuple[str, ...]] = set()
@@ -26,13 +28,17 @@ class Samples:
     """One batch's per-sample gradients, each parameter as a `Site`; what no rule covers, by autograd, as rows.
 
     Args:
-        model, loss, params: as for `Hessian`. batch: (X, y). who: the public call, for errors.
+        model, loss, params: as for `Hessian`. batch: (X, y). who: the public call, for errors. statistic: whether what is asked
+            for is one, so that layers may run in its precision (see `statistics_precision`).
 
     Attributes:
         names: of the parameters, in order.
     """
 
-    def __init__(self, model: nn.Module, loss: object, batch: object, params: object, who: str):
+    def __init__(
+        self, model: nn.Module, loss: object, batch: object, params: object, who: str, statistic: bool = False
+    ):
+        self._precision = statistics_precision if statistic else contextlib.nullcontext
         self.problem = Problem(
             model, loss, [batch] if isinstance(batch, tuple) else batch, params, who, per_sample=True
         )
@@ -46,7 +52,7 @@ class Samples:
         tensors, results = list(problem.params.values()), {}
         with preserved(problem.model):
             (one,) = problem.data
-            with recording(problem.model, tensors) as tape:
+            with recording(problem.model, tensors) as tape, self._precision(problem.model):
                 output = problem.output_tensor(problem.run(one))
             with as_the_user_has_it():
                 losses = problem.loss.sample_losses(output, one.target)

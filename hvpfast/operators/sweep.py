@@ -25,6 +25,7 @@ from hvpfast.capture.samples import autograd_rows
 from hvpfast.capture.site import DenseSite, Site
 from hvpfast.capture.sites import site_of
 from hvpfast.capture.state import preserved
+from hvpfast.capture.statistics_precision import statistics_precision
 from hvpfast.capture.tape import Tape, recording
 from hvpfast.capture.units import Unit, units_of
 
@@ -332,7 +333,10 @@ class Sweep:
         problem.check_state()
         with preserved(problem.model):
             for batch in problem.data:
-                with recording(problem.model, list(problem.params.values())) as tape:
+                with (
+                    recording(problem.model, list(problem.params.values())) as tape,
+                    statistics_precision(problem.model),
+                ):
                     evaluated = problem.evaluate(batch)
                 if evaluated.weight == 0:
                     continue  # every target ignored: the batch is no part of the mean

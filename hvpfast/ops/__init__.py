@@ -11,6 +11,7 @@ from hvpfast.arguments import accumulate_dtype
 from hvpfast.ops.factors import conv_gram, gram
 from hvpfast.ops.kron import kron_apply, kron_solve
 from hvpfast.ops.krylov import cg_update, reorthogonalize
+from hvpfast.ops.layers import convolve, matmul
 from hvpfast.ops.loss import softmax_hvp, softmax_root, softmax_sample
 from hvpfast.ops.rop import activation_rop, linear_rop, norm_rop
 from hvpfast.ops.samples import (
