@@ -156,7 +156,8 @@ def _attention(node: Node, axis: Axis, n: int, shape: Shape, which: int, given: 
 
 
 @_nodes(
-    "ConvolutionBackward0 _ConvolutionBackward MaxPool2DWithIndicesBackward0 MaxPool3DWithIndicesBackward0 AvgPool2DBackward0 AvgPool3DBackward0 "
+    "ConvolutionBackward0 _ConvolutionBackward MaxPool2DWithIndicesBackward0 MaxPool3DWithIndicesBackward0 "
+    "AvgPool2DBackward0 AvgPool3DBackward0 "
     "AdaptiveAvgPool2DBackward0 AdaptiveAvgPool3DBackward0 ConstantPadNdBackward0 ReflectionPad1DBackward0 "
     "ReflectionPad2DBackward0 ReplicationPad1DBackward0 ReplicationPad2DBackward0 UpsampleNearest2DBackward0 "
     "UpsampleBilinear2DBackward0 NativeGroupNormBackward0 NativeBatchNormBackward0"
