@@ -1,4 +1,4 @@
-"""Factors, norms and second moments whose layers run in bf16x3: float64's numbers to that precision, on every model of the zoo."""
+"""Factors, norms and second moments whose layers run in bf16x3: the numbers of float64 to that precision, on every model."""
 
 import copy
 
