@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hvpfast import ops
 from hvpfast.testing import make_inputs
 
 _SIZES = {
@@ -21,9 +22,13 @@ _SIZES = {
 }
 
 
+_OF_IMAGES = ("conv_gram", "convolve")
+
+
 class Row(NamedTuple):
     """One benchmark: an op at N samples, T positions, I and O features, K columns; convolutions have I channels on
-    `axes` axes of `side` pixels, a `kernel` of one size along all, and `options` of (stride, padding, dilation, groups)."""
+    `axes` axes of `side` pixels, a `kernel` of one size along all, and `options` of (stride, padding, dilation, groups);
+    with layout "transposed" it is the gradient of their input."""
 
     op: str
     n: int
@@ -41,11 +46,13 @@ class Row(NamedTuple):
 
     @property
     def name(self) -> str:
-        if self.op == "conv_gram":
+        if self.op in _OF_IMAGES:
             stride, padding, dilation, groups = self.options
             image = "x".join([str(self.side)] * self.axes)
-            label = f"N={self.n} C={self.i} {image} kernel {self.kernel} stride {stride} padding {padding}"
+            features = f" O={self.o}" if self.op == "convolve" else ""
+            label = f"N={self.n} C={self.i}{features} {image} kernel {self.kernel} stride {stride} padding {padding}"
             label += (f" dilation {dilation}" if dilation > 1 else "") + (f" groups {groups}" if groups > 1 else "")
+            label += "" if self.layout == "contiguous" else f" {self.layout}"
             return f"{self.op} {label} {str(self.dtype).removeprefix('torch.')}"
         sizes = _SIZES.get(self.op, "n t i o k").split()
         label = " ".join(f"{s.upper()}={getattr(self, s)}" for s in sizes if s != "k" or self.k > 1)
@@ -55,11 +62,14 @@ class Row(NamedTuple):
 
     def shrunk(self) -> Row:
         """The same regime in miniature, for smoke runs."""
-        if self.op == "conv_gram":
+        if self.op in _OF_IMAGES:
             stride, padding, dilation, groups = self.options
             few = min(groups, 4)
             channels = few if groups == self.i else min(self.i, 4 * few)
-            return self._replace(n=2, i=channels, side=min(self.side, 9), options=(stride, padding, dilation, few))
+            channels, features = (32, 32) if self.op == "convolve" else (channels, self.o)
+            return self._replace(
+                n=2, i=channels, o=features, side=min(self.side, 9), options=(stride, padding, dilation, few)
+            )
         return self._replace(
             n=min(self.n, 24), t=min(self.t, 9), i=min(self.i, 24), o=min(self.o, 24), k=min(self.k, 2),
             layers=min(self.layers, 3),
@@ -113,6 +123,19 @@ _IMAGES = (
     (64, 512, 4, 3, (1, 1, 1, 1)),
 )
 
+# (N, C, O, side, kernel, stride) of layers: ResNet-18 on 32 x 32 pixels, ResNet-50's
+_LAYERS = (
+    (64, 64, 64, 32, 3, 1),
+    (64, 128, 128, 16, 3, 1),
+    (64, 256, 256, 8, 3, 1),
+    (64, 512, 512, 4, 3, 1),
+    (64, 64, 128, 32, 3, 2),
+    (64, 256, 512, 8, 3, 2),
+    (64, 64, 128, 32, 1, 2),
+    (16, 128, 128, 28, 3, 1),
+    (16, 256, 64, 56, 1, 1),
+)
+
 ROWS: tuple[Row, ...] = (
     *(Row("gram", n, i=i) for n, i in ((8192, 1024), (8192, 2048), (4096, 4096), (1024, 256))),
     *(Row("gram", n, i=i, dtype=_half) for n, i in ((8192, 1024), (8192, 2048), (4096, 4096), (1024, 256))),
@@ -137,6 +160,15 @@ ROWS: tuple[Row, ...] = (
     *(Row(op, 1, 1, 64, 64, layers=48) for op in ("kron_apply", "kron_solve")),
     *(Row("sample_dots", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (16, 128, 256, 1024, 10))),
     *(Row("linear_rop", n, 1, i, o, k) for n, i, o, k in ((2048, 768, 768, 1), (512, 1024, 1024, 4))),
+    *(
+        Row("matmul", n, 1, i, o)
+        for n, i, o in ((8192, 1024, 1024), (2048, 256, 1024), (2048, 768, 3072), (256, 784, 512))
+    ),
+    *(
+        Row("convolve", n, i=c, o=o, side=side, kernel=kernel, options=(stride, kernel // 2, 1, 1), layout=layout)
+        for layout in ("contiguous", "transposed")
+        for n, c, o, side, kernel, stride in _LAYERS
+    ),
     *(Row(op, n, i=i) for op in ("activation_rop", "norm_rop") for n, i in ((256, 256), (1024, 1024), (8192, 768))),
     *(Row("weighted_grad", *pair) for pair in ((512, 1, 1024, 1024), (16, 128, 256, 1024), (256, 1, 784, 512, 4))),
     *(Row("norm_sample_stats", *shape) for shape in ((16, 128, 256), (32, 256, 768), (8, 1024, 1024), (256, 1, 512))),
@@ -146,7 +178,7 @@ ROWS: tuple[Row, ...] = (
 
 def inputs(row: Row, device: str) -> tuple[tuple, dict]:
     """The op's arguments, `out` poisoned."""
-    if row.op != "conv_gram":
+    if row.op not in _OF_IMAGES:
         sizes = {key: getattr(row, key) for key in ("n", "t", "i", "o", "k")}
         made = [
             make_inputs(row.op, **sizes, dtype=row.dtype, device=device, layout=row.layout, seed=seed)
@@ -160,6 +192,17 @@ def inputs(row: Row, device: str) -> tuple[tuple, dict]:
         ), {}
     x = torch.randn(row.n, row.i, *[row.side] * row.axes, generator=torch.Generator().manual_seed(0)).relu()
     stride, padding, dilation, groups = row.options
+    if row.op == "convolve":
+        w = torch.randn(row.o, row.i, *[row.kernel] * row.axes, generator=torch.Generator().manual_seed(1)) / 16
+        options = {"stride": stride, "padding": padding, "dilation": dilation}
+        if row.layout == "transposed":
+            with torch.no_grad():
+                g = ops.convolve.reference(x, w, **options)
+            x, options = (
+                torch.randn(g.shape, generator=torch.Generator().manual_seed(2)),
+                {**options, "size": tuple(x.shape[2:])},
+            )
+        return (x.to(device, row.dtype), w.to(device, row.dtype)), options
     width = row.i // groups * row.kernel**row.axes
     out = torch.full((width, width) if groups == 1 else (groups, width, width), math.nan, device=device)
     options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -175,6 +218,11 @@ def work(row: Row) -> tuple[int, int]:
         width = i // groups * row.kernel**row.axes
         moved = row.dtype.itemsize * n * i * row.side**row.axes + 4 * groups * width**2
         return groups * n * positions * width * (width + 1), moved
+    if row.op == "convolve":
+        stride, padding, dilation, _ = row.options
+        along = ((row.side + 2 * padding - dilation * (row.kernel - 1) - 1) // stride + 1) ** row.axes
+        weights = i * o * row.kernel**row.axes
+        return 2 * n * along * weights, row.dtype.itemsize * (n * (i * row.side**row.axes + o * along) + weights)
     size, m, wide = row.dtype.itemsize, row.n * row.k, max(row.dtype.itemsize, 4)
     pair = size * (n * t * i + m * t * o)
     product = 2 * m * t * i * o
@@ -191,6 +239,8 @@ def work(row: Row) -> tuple[int, int]:
         return product, pair + wide * m * i * o
     if row.op == "sample_dots":
         return 2 * n * t * i * o * k + 2 * m * t * o * k, pair + wide * (k * i * o + m * k)
+    if row.op == "matmul":
+        return product, size * (n * t * i + i * o) + wide * n * t * o
     if row.op == "linear_rop":
         return 4 * k * n * t * i * o, size * (k + 1) * (n * t * i + o * i) + wide * k * n * t * o
     if row.op == "weighted_grad":
