@@ -254,16 +254,14 @@ def add_rotated_moment(
 
     Args:
         uses: normal form and gradient (N, *output) of each call. qa: (B, I, i), qg: (B, O, o), orthonormal columns, or
-            None for the identity. apart: every position is a row of its own.
+            None for the identity. apart: every position is a row of its own, summed over the uses at it.
 
     Either the two sides are rotated, position by position, or each row's (O, I) gradient: whichever is less work.
     """
     if uses[0][0].kind == "rows":
-        g = torch.cat([normal.grads(grad)[0] for normal, grad in uses], 1).to(total.dtype)
+        g = _beside([normal.grads(grad).to(total.dtype) for normal, grad in uses], apart)[0]
         g = g if qg is None else g @ qg[0]
-        indices = torch.cat([normal.inputs()[0, :, :, 0] for normal, _ in uses], 1)
-        if apart:
-            indices, g = indices.reshape(-1, 1), g.reshape(-1, 1, g.shape[2])
+        indices = _beside([normal.inputs() for normal, _ in uses], apart)[0, :, :, 0]
         moment = LookupSite((total.shape[2], g.shape[2]), indices, g).second_moment()
         total[0].add_(moment.T, alpha=alpha)
         return
@@ -271,10 +269,8 @@ def add_rotated_moment(
     normals = [normal for normal, _ in uses]
     enough = total.shape[2] ** 2  # as many rows as features: a product reads, or packs, the whole basis each time
     for part in _chunks(normals, samples, enough) if normals[0].patches else _few(total, grads, samples):
-        a = _beside([_features(normal, weight, part) for normal, _ in uses])
-        g = _beside([one[:, part] for one in grads])
-        if apart:
-            a, g = a.reshape(a.shape[0], -1, 1, a.shape[3]), g.reshape(g.shape[0], -1, 1, g.shape[3])
+        a = _beside([_features(normal, weight, part) for normal, _ in uses], apart)
+        g = _beside([one[:, part] for one in grads], apart)
         for b, out in enumerate(total):
             q, p = (None if qa is None else qa[b]), (None if qg is None else qg[b])
             _add_moment(out, a[b], g[b], q, p, ones, alpha, samples)
@@ -290,9 +286,13 @@ def _few(total: Tensor, grads: Sequence[Tensor], samples: int) -> Iterator[slice
         yield slice(start, min(start + step, samples))
 
 
-def _beside(parts: Sequence[Tensor]) -> Tensor:
-    """(B, N, T, ...) each, side by side along T."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+def _beside(parts: Sequence[Tensor], apart: bool) -> Tensor:
+    """(B, N, T, F) of each use, side by side along T: (B, N, uses T, F); `apart`, a row for every position, (B, N T, uses, F),
+    or where the uses have different positions a row for each use of each."""
+    if apart and len({x.shape[2] for x in parts}) == 1:
+        return torch.cat([x.reshape(x.shape[0], -1, 1, x.shape[3]) for x in parts], 2)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    return whole.reshape(whole.shape[0], -1, 1, whole.shape[3]) if apart else whole
 
 
 def _add_moment(

@@ -81,15 +81,15 @@ class record:
                 raise StateError(
                     f"{who}: the tape saw {self._runs} forward passes; run the model exactly once inside `with hf.record(model)`"
                 )
-            if not self._grads:
-                raise StateError(
-                    f"{who}: the tape saw no backward pass; call loss.backward() inside `with hf.record(model)`"
-                )
             bare = [name for name, own in zip(self.names, self._covered, strict=True) if not own]
             if bare:
                 raise StateError(
                     f"{who}: the tape does not have every use of {', '.join(map(repr, bare[:4]))}: no layer rule covers it. "
                     f"Choose other parameters with record(model, params=...), or call {who}(model, loss, batch)"
+                )
+            if not self._grads:
+                raise StateError(
+                    f"{who}: the tape saw no backward pass; call loss.backward() inside `with hf.record(model)`"
                 )
             grads = [self._grads.get(number) for number in range(len(self._tape.calls))]
             self._sites = self._tape.sites(list(self._params.values()), grads)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
@@ -92,6 +92,7 @@ class Tape:
         for one in projections(self.modules, nodes, leaves, n):
             call = Call(one.name, one.weight, one.bias, one.x, one.x._version, one.edge, one.normal, n, None)
             self._append(call, one.node)
+        self._follow_views(nodes)
         mixed = mixes_samples(self.modules)
         if self._model is not None:
             for call, spread in list(shared_tables(self, self._model, nodes, n)):
@@ -122,6 +123,26 @@ class Tape:
             if (call.samples != n or number in self.rows.scattered) if strict else (number in self.rows.shared):
                 doubtful.update(mine)
         return [uses[id(p)] > 0 and counts[id(p)] == uses[id(p)] and id(p) not in doubtful for p in params]
+
+    def _follow_views(self, nodes: Sequence[Node]) -> None:
+        """A Linear of three axes returns a view of a product of two. Where the model changes it in place (an in-place ReLU), the
+        view is no longer in the graph and the product, (N T, O), is: its gradient is the one to take."""
+        views = [number for number, call in enumerate(self.calls) if call.edge.node.name() == "ViewBackward0"]
+        there = set(nodes) if views else set()
+        for number in views:
+            call = self.calls[number]
+            product = GradientEdge(*call.edge.node.next_functions[0])
+            if call.edge.node in there or product.node not in there:
+                continue
+            shape, grads = call.edge.node._input_metadata[0].shape[1:], call.normal.grads
+
+            def unfolded(g: Tensor, shape: Sequence[int] = shape, grads: Callable = grads) -> Tensor:
+                return grads(g.reshape(-1, *shape))
+
+            call.edge, call.row_axes = product, len(product.node._input_metadata[product.output_nr].shape) - 1
+            call.normal = replace(call.normal, grads=unfolded)
+            if self._watch is not None:
+                self._watch(number, product.node)
 
     def _name(self, one: Elementwise) -> str:
         p = one.bias if one.weight is None else one.weight

@@ -75,7 +75,8 @@ class CrossEntropy(Loss):
         rows = self._scaled_rows(output.detach(), target)
 
         def product(v: Tensor) -> Tensor:
-            return ops.softmax_hvp(logits, v.movedim(2, -1), weight=rows).movedim(-1, 2).to(v.dtype)
+            result = ops.softmax_hvp(logits, v.movedim(2, -1), weight=rows).movedim(-1, 2).to(v.dtype)
+            return result.contiguous()  # torch's InstanceNorm misreads a gradient of one image whose channels are last
 
         return product
 
@@ -87,7 +88,7 @@ class CrossEntropy(Loss):
         self._fits(output, target)
         logits = output.detach().movedim(1, -1)
         rows = self._scaled_rows(output.detach(), target)
-        return lambda z: ops.softmax_root(logits, z.movedim(1, -1), weight=rows).movedim(-1, 1).to(z.dtype)
+        return lambda z: ops.softmax_root(logits, z.movedim(1, -1), weight=rows).movedim(-1, 1).to(z.dtype).contiguous()
 
     def rank(self, features: int) -> int:
         return max(1, features - 1)  # the logits' mean has no curvature
@@ -113,7 +114,7 @@ class CrossEntropy(Loss):
         n, _, *places = output.shape
         uniform = torch.rand(k, n, *places, generator=generator, dtype=torch.float64).to(output.device)
         logits, rows = output.detach().movedim(1, -1), self._scaled_rows(output.detach(), target)
-        return ops.softmax_sample(logits, uniform, weight=rows).movedim(-1, 2).to(output.dtype)
+        return ops.softmax_sample(logits, uniform, weight=rows).movedim(-1, 2).to(output.dtype).contiguous()
 
     @staticmethod
     def _fits(output: Tensor, target: Tensor) -> None:

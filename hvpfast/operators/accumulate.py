@@ -50,11 +50,13 @@ class KroneckerSums:
     def _shapes(unit: Unit, run: Run, approx: str, single: bool) -> list[tuple[tuple[int, ...], bool]]:
         """Of A and of G: the shape kept, and whether it is rows (B, R, I) that stand for their Gram matrix."""
         layout: Layout = unit.layout
-        rows = run.samples if approx == "reduce" else run.rows(unit)
+        inputs = outputs = run.rows(unit)
+        if approx == "reduce":
+            inputs, outputs = run.samples, outputs // len(unit.calls) if run.separate else run.samples
         shapes = []
         for size, many, lookup in (
-            (layout.inputs, rows, layout.kind == "rows"),
-            (layout.outputs, rows * run.columns, False),
+            (layout.inputs, inputs, layout.kind == "rows"),
+            (layout.outputs, outputs * run.columns, False),
         ):
             if lookup or size > LARGEST_FACTOR:
                 shapes.append(((layout.groups, size), False))
@@ -120,17 +122,20 @@ class KroneckerSums:
         """The gradient of one column at one call's output."""
         self.reached = True
         normal = run.tape.calls[number].kronecker
+        approx = (
+            "expand" if run.separate else self.approx
+        )  # a column has every position's term: their sum is none of them
         if self.approx == "reduce" and len(self.unit.calls) > 1:
-            rows = kronecker.output_rows(normal, grad, "reduce")
+            rows = kronecker.output_rows(normal, grad, approx)
             self._column = rows if self._column is None else self._column + rows
             return
         total, alpha = self._totals[1], run.weight / self._whole[1]
         if total is None:
-            self._add_rows(1, kronecker.output_rows(normal, grad, self.approx), run.weight)
+            self._add_rows(1, kronecker.output_rows(normal, grad, approx), run.weight)
         elif total.dim() == 2:
-            kronecker.add_output_squares(total, normal, grad, self.approx, alpha)
+            kronecker.add_output_squares(total, normal, grad, approx, alpha)
         else:
-            kronecker.add_output_gram(total, normal, grad, self.approx, alpha, self._beta(1))
+            kronecker.add_output_gram(total, normal, grad, approx, alpha, self._beta(1))
 
     def end_column(self, run: Run) -> None:
         if self._column is not None:

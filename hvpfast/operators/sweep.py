@@ -41,7 +41,9 @@ class Run:
     Attributes:
         units: the diagonal blocks. tape: their calls. samples: N. weight: the batch's share of the total, before the
             division by it; total: the sum of the terms' shares of the mean's denominator. again: whether it is pulled once more,
-            so that the layers' inputs must stay, and the graph; of a single column, the gradients in its place.
+            so that the layers' inputs must stay, and the graph; of a single column, the gradients in its place. apart: whether
+        every position of the output is a term whose gradient stays at that position in every layer; separate: whether
+        one column has all of them at once, so that sums over positions would mix terms.
     """
 
     again = False
@@ -73,7 +75,9 @@ class Run:
         terms = loss.terms(f, batch.target, self._axis).reshape(n, -1)
         self.total, self._positions = float(terms.sum()), terms.shape[1]
         self._terms = None if bool((terms == terms[0, 0]).all()) else terms
-        self.apart = self._positions > 1 and self._known_apart()
+        # What autograd gives row by row would sum over positions, whatever else is known of the layers.
+        self.apart = self._positions > 1 and all(self._covered) and self._known_apart()
+        self.separate = self.apart
 
     def weights(self, number: int) -> tuple[Tensor | None, float]:
         """What each row of a call's input counts, (S,) or (S, T) for S rows, and the factor to all, still without the number
@@ -234,7 +238,7 @@ class Run:
         if self._positions == 1:
             return terms.reshape(f.shape)
         shape = [n for i, n in enumerate(f.shape) if i != self._axis]
-        return terms.reshape(*shape, -1).movedim(-1, self._axis)
+        return terms.reshape(*shape, -1).movedim(-1, self._axis).contiguous()  # see CrossEntropy.hessian
 
     def _known_apart(self) -> bool:
         """`_are_apart`, asked once for a model, its layers' calls and the output's extents."""
@@ -249,7 +253,7 @@ class Run:
         position alone, or on the first, reach other positions anywhere? (Under causal attention the first never does.)"""
         n, t = self.samples, self._positions
         calls = self.tape.calls
-        if not calls or not all(self._covered) or any(c.samples * c.kronecker.positions != n * t for c in calls):
+        if not calls or any(c.samples * c.kronecker.positions != n * t for c in calls):
             return False
         return not any(self._spills(position) for position in (t - 1, 0))
 

@@ -29,6 +29,7 @@ class Pass:
     """
 
     columns = 1
+    separate = False  # "reduce" sums the gradients of the user's own loss over positions
 
     def __init__(self, tape: Tape, units: list[Unit], samples: int, terms: int):
         self.tape, self.units, self.samples, self.terms = tape, units, samples, terms
