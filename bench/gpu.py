@@ -2,8 +2,9 @@
 
 Order: ceilings measured here (copy bandwidth, matrix products), then each op x backend x dtype at large sizes against its
 reference in float64 (poisoned memory, twice for determinism), then times, each with the part of its floor that it reaches and
-with baselines in the same run, then odd sizes and layouts: compiling a kernel takes longer than running it, and what a time limit
-cuts off should be the last. Writes bench/results/<device>-<date>.json after every step, so that a cut-off run leaves what it had.
+with baselines in the same run, then odd sizes and layouts, which a time limit cuts off first. Compiling a kernel takes longer
+than running it, so validation is the work of several processes (--jobs); times are taken by one, alone. Writes
+bench/results/<device>-<date>.json after every step, so that a cut-off run leaves what it had.
 
     python bench/gpu.py [--sanitize]      # --sanitize: small sizes only and no times, for compute-sanitizer
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import multiprocessing
 import platform
 import re
 import statistics
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gpu_cases
@@ -138,44 +141,57 @@ def poison_free_memory() -> None:
     torch.full((1 << 12 if REHEARSAL else 1 << 26,), float("nan"), device=DEVICE)
 
 
-def hold(op: dispatch.Op, backend: str, dtype: str, precision: str, sizes: tuple, layouts: tuple) -> dict[str, object]:
-    """One op on one backend against its reference: the row of the report."""
-    row = {"op": op.name, "backend": backend, "dtype": dtype, "precision": precision, "cases": 0, "failures": []}
-    for size in sizes:
-        for layout in layouts:
-            for label, args, kwargs in variants(op, size, DTYPES[dtype], layout):
-                try:
-                    with dispatch.precision(precision):
-                        reason = op.why_not(backend, *args, **kwargs)
-                        if reason is not None:
-                            row["refused"] = reason
-                            continue
-                        twice = [poisoned_run(op.on(backend), args, kwargs) for _ in range(2)]
-                    if not all(torch.equal(x, y) for x, y in zip(*map(testing.pieces, twice), strict=True)):
-                        raise AssertionError("two runs gave different bits")
-                    stated = "bf16x3" if precision == "auto" else precision
-                    testing.assert_accurate(twice[0], op, *args, precision=stated, **kwargs)
-                    row["cases"] += 1
-                except (AssertionError, RuntimeError) as error:
-                    row["failures"].append(f"{label}: {type(error).__name__}: {error}")
-                    if "CUDA" in str(error):  # the context is lost: nothing after this can be trusted
-                        raise
-    return row
+def hold(
+    name: str, backend: str, dtype: str, precision: str, sizes: tuple, layouts: tuple, until: float
+) -> dict | None:
+    """One op on one backend against its reference: the row of the report, or None after `until` (time.time())."""
+    if time.time() > until:
+        return None
+    row = {"op": name, "backend": backend, "dtype": dtype, "precision": precision, "cases": 0, "failures": []}
+    cases = (case for size in sizes for layout in layouts for case in variants(name, size, DTYPES[dtype], layout))
+    while True:
+        label = "inputs"
+        try:
+            label, args, kwargs = next(cases, ("", None, None))
+            if args is None:
+                return row
+            hold_case(row, args, kwargs)
+        except torch.OutOfMemoryError as error:  # beside other processes perhaps; alone it is a failure
+            return row | {"memory": f"{label}: {error}"}
+        except Exception as error:  # whatever a kernel raises here is its failure; Triton's are of many kinds
+            row["failures"].append(f"{label}: {type(error).__name__}: {error}")
+            if "CUDA error" in str(error):  # the context is lost: nothing after this can be trusted
+                return row
 
 
-def variants(op: dispatch.Op, size: tuple, dtype: torch.dtype, layout: str) -> Iterator[tuple[str, tuple, dict]]:
+def hold_case(row: dict, args: tuple, kwargs: dict) -> None:
+    """One case of a row, counted in it unless it raises."""
+    op, precision = dispatch.OPS[row["op"]], row["precision"]
+    with dispatch.precision(precision):
+        reason = op.why_not(row["backend"], *args, **kwargs)
+        if reason is not None:
+            row["refused"] = reason
+            return
+        twice = [poisoned_run(op.on(row["backend"]), args, kwargs) for _ in range(2)]
+    if not all(torch.equal(x, y) for x, y in zip(*map(testing.pieces, twice), strict=True)):
+        raise AssertionError("two runs gave different bits")
+    testing.assert_accurate(twice[0], op, *args, precision="bf16x3" if precision == "auto" else precision, **kwargs)
+    row["cases"] += 1
+
+
+def variants(name: str, size: tuple, dtype: torch.dtype, layout: str) -> Iterator[tuple[str, tuple, dict]]:
     """Arguments of the op for one size: plain, and for gram also a running average with a ones column."""
-    label = " ".join(f"{name}={value}" for name, value in zip("NTIOK", size, strict=True)) + f" {layout}"
+    label = " ".join(f"{axis}={extent}" for axis, extent in zip("NTIOK", size, strict=True)) + f" {layout}"
     named = dict(zip("ntiok", size, strict=True))
-    if op.name == "sample_grads":  # N I O numbers in float64
+    if name == "sample_grads":  # N I O numbers in float64
         named["n"] = min(named["n"], 256)
-    if op.name == "conv_gram":  # nine features a channel, and its reference forms the patches
+    if name == "conv_gram":  # nine features a channel, and its reference forms the patches
         named |= {"n": min(named["n"], 32), "t": min(named["t"], 40), "i": min(named["i"], 8 if REHEARSAL else 130)}
-    if op.name == "reorthogonalize":  # vectors of N T I elements, O + K of them, made orthonormal on the CPU
+    if name == "reorthogonalize":  # vectors of N T I elements, O + K of them, made orthonormal on the CPU
         named |= {"n": min(named["n"], 64), "t": min(named["t"], 16), "o": min(named["o"], 40)}
-    args, kwargs = testing.make_inputs(op.name, **named, dtype=dtype, device=DEVICE, layout=layout)
+    args, kwargs = testing.make_inputs(name, **named, dtype=dtype, device=DEVICE, layout=layout)
     yield label, args, kwargs
-    if op.name == "gram":
+    if name == "gram":
         out = torch.randn(size[2] + 1, size[2] + 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
         yield f"{label} blended", args, {"out": out, "alpha": 0.3, "beta": 0.7, "ones_column": True}
 
@@ -187,28 +203,52 @@ def poisoned_run(run: Callable, args: tuple, kwargs: dict) -> Tensor | tuple[Ten
     return run(*args, **kwargs)
 
 
-def validate(report: Report, sizes: tuple, layouts: tuple, only: str, until: float) -> int:
-    """Every op x backend x dtype x precision, none begun after `until`; returns the count of failures."""
-    failures, left_out = 0, 0
-    for op in dispatch.OPS.values():
-        for backend in BACKENDS:
-            if backend not in op.backends or not re.search(only, op.name):
-                continue
-            for dtype in DTYPES:
-                for precision in ("ieee", "bf16x3", "bf16") if dtype == "fp32" else ("auto",):
-                    if time.monotonic() > until:
-                        left_out += 1
-                        continue
-                    row = hold(op, backend, dtype, precision, sizes, layouts)
-                    report.add("validation", row)
-                    said = row.get("refused", "ok") if not row["failures"] else f"FAILED {row['failures']}"
-                    print(
-                        f"{op.name:<24}{backend:<8}{dtype:<6}{precision:<8}{row['cases']:>4} cases  {said}", flush=True
-                    )
-                    failures += len(row["failures"])
-    if left_out:
-        print(f"the time is over; {left_out} rows of this validation are left out")
+def validate(report: Report, sizes: tuple, layouts: tuple, only: str, until: float, jobs: int = 1) -> int:
+    """Every op x backend x dtype x precision, none begun after `until`; returns the count of failures.
+
+    A time limit leaves out the last precisions of every op, not the last ops.
+    """
+    kinds = [(dtype, "auto") for dtype in DTYPES if dtype != "fp32"]
+    kinds = [("fp32", "bf16x3"), kinds[0], ("fp32", "ieee"), *kinds[1:], ("fp32", "bf16")]
+    wanted = [
+        (op.name, backend, *kind, sizes, layouts, until)
+        for kind in kinds for op in dispatch.OPS.values() for backend in BACKENDS
+        if backend in op.backends and re.search(only, op.name)
+    ]  # fmt: skip
+    again, failures, late = [], 0, 0
+    for job, row in zip(wanted, each(wanted, jobs), strict=True):
+        if row is not None and "memory" in row and jobs > 1:
+            again.append(job)
+            continue
+        late += row is None
+        failures += 0 if row is None else add(report, row)
+    for job in again:  # by this process alone, as long as it takes
+        failures += add(report, hold(*job[:-1], float("inf")))
+    if late:
+        print(f"the time is over; {late} rows of this validation are left out")
     return failures
+
+
+def each(wanted: list[tuple], jobs: int) -> Iterator[dict | None]:
+    """`hold` of each, by several processes unless jobs is 1; one that is killed ends the run."""
+    if jobs == 1:
+        yield from (hold(*job) for job in wanted)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        yield from (done.result() for done in [pool.submit(hold, *job) for job in wanted])
+
+
+def add(report: Report, row: dict) -> int:
+    """Into the report, and a line of it; returns the count of failures."""
+    if "memory" in row:
+        row["failures"].append(f"out of memory: {row.pop('memory')}")
+    report.add("validation", row)
+    said = row.get("refused", "ok") if not row["failures"] else f"FAILED {row['failures']}"
+    print(
+        f"{row['op']:<24}{row['backend']:<8}{row['dtype']:<6}{row['precision']:<8}{row['cases']:>4} cases  {said}",
+        flush=True,
+    )
+    return len(row["failures"])
 
 
 def validate_eigh(report: Report, only: str) -> int:
@@ -260,10 +300,10 @@ def measure(report: Report, roof: dict[str, float | None], deadline: float, only
     runs = (*gpu_cases.ALL, (gpu_operators.operator_times, gpu_operators.SHAPES))
     for late in (False, True):  # what torch.compile takes its time for comes last
         for make, shape in ((make, shape) for make, shapes in runs for shape in shapes):
-            for case in make(*shape):
+            for case in made(report, make, shape):
                 if ("compiled" in case.name) != late or not re.search(only, case.group):
                     continue
-                if time.monotonic() > deadline:
+                if time.time() > deadline:
                     print("the time is over; the cases after this one are left out")
                     return
                 try:
@@ -287,15 +327,25 @@ def measure(report: Report, roof: dict[str, float | None], deadline: float, only
                 print(f"{case.group:<48}{case.name:<32}{line}", flush=True)
 
 
+def made(report: Report, make: Callable[..., Iterator], shape: tuple) -> Iterator[gpu_cases.Timed]:
+    """The cases of one group; memory that its data do not fit in ends that group only."""
+    try:
+        yield from make(*shape)
+    except torch.OutOfMemoryError as error:
+        report.add("times", {"group": f"{make.__name__}{shape}", "name": "its data", "failed": str(error)})
+        print(f"{make.__name__}{shape}: {error}", flush=True)
+
+
 def main() -> int:
     """Returns 1 if a kernel disagrees with its reference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sanitize", action="store_true", help="small sizes only, no times: for compute-sanitizer")
     parser.add_argument("--seconds", type=float, default=420.0, help="begin nothing after this long (default 420)")
     parser.add_argument("--only", default="", metavar="REGEX", help="only ops and groups that match")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that validate (default 1)")
     arguments = parser.parse_args()
     only = arguments.only
-    start, seconds = time.monotonic(), arguments.seconds
+    start, seconds, jobs = time.time(), arguments.seconds, arguments.jobs
     if not REHEARSAL and not torch.cuda.is_available():
         raise SystemExit("bench/gpu.py: torch sees no CUDA device; HVPFAST_GPU_REHEARSAL=1 rehearses on the CPU")
     report = Report(keep=not REHEARSAL and not arguments.sanitize)
@@ -305,11 +355,11 @@ def main() -> int:
     roof = ceilings()
     report.add("ceilings", roof)
     print("ceilings:", {name: "rehearsed" if value is None else f"{value:.3e}" for name, value in roof.items()})
-    failures = validate(report, LARGE, ("contiguous",), only, start + 0.4 * seconds) + validate_eigh(report, only)
-    failures += validate_graphs(report, only)
+    failures = validate(report, LARGE, ("contiguous",), only, start + 0.35 * seconds, jobs)
+    failures += validate_eigh(report, only) + validate_graphs(report, only)
     measure(report, roof, start + 0.8 * seconds, only)
     odd, layouts = (ODD[:3], ("contiguous",)) if REHEARSAL else ((*ODD, ALIGNED), testing.LAYOUTS)
-    failures += validate(report, odd, layouts, only, start + seconds)
+    failures += validate(report, odd, layouts, only, start + seconds, jobs)
     print(f"{failures} failures; wrote {report.path}")
     return 1 if failures else 0
 

@@ -110,12 +110,12 @@ def test_the_report_of_a_gpu_run(tmp_path):
     assert refused.returncode == 2 and "has no times" in refused.stderr
 
 
-def rehearsed(only: str) -> dict:
+def rehearsed(only: str, jobs: int = 1) -> dict:
     """The report of a rehearsed GPU run of the ops and groups that match."""
     pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
     env |= {"HVPFAST_GPU_REHEARSAL": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])}
-    command = [sys.executable, "bench/gpu.py", "--only", only]
+    command = [sys.executable, "bench/gpu.py", "--only", only, "--jobs", str(jobs)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "0 failures; wrote" in done.stdout, done.stdout + done.stderr
     report = json.loads(Path(done.stdout.rsplit("wrote ", 1)[1].strip()).read_text())
@@ -123,10 +123,38 @@ def rehearsed(only: str) -> dict:
     return report
 
 
+def test_validation_goes_on_where_memory_ends_and_ops_come_in_turns(monkeypatch):
+    """A row without memory beside others is tried again alone; a time limit leaves out precisions, not ops; failures count."""
+    monkeypatch.setenv("HVPFAST_GPU_REHEARSAL", "1")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    gpu = pytest.importorskip("gpu")
+    asked, alone, found = [], [], []
+
+    def each(wanted, jobs):
+        for number, (name, backend, dtype, precision, *_) in enumerate(wanted):
+            asked.append((name, dtype, precision))
+            row = {"op": name, "backend": backend, "dtype": dtype, "precision": precision, "cases": 1, "failures": []}
+            memory = {"memory": "N=1: all of it"} if number == 1 else {}
+            yield None if number == len(wanted) - 1 else row | memory
+
+    def hold(*job):
+        alone.append(job[:4])
+        return dict(zip(("op", "backend", "dtype", "precision"), job, strict=False)) | {"cases": 0, "failures": ["off"]}
+
+    monkeypatch.setattr(gpu, "each", each)
+    monkeypatch.setattr(gpu, "hold", hold)
+    report = type("Report", (), {"add": lambda self, section, row: found.append(row)})()
+    assert gpu.validate(report, (), (), "^kron", float("inf"), jobs=2) == 1  # the row that failed alone
+    ops = ["kron_apply", "kron_solve"]
+    assert [name for name, *_ in asked] == ops * 5 and len(set(asked)) == 10
+    assert alone == [("kron_solve", "triton", *asked[1][1:])] and len(found) == 9
+
+
 @pytest.mark.parametrize("only", ["softmax_hvp", "kron_apply"])
 def test_the_gpu_run_is_rehearsed(only):
     """Validation and times of a kernel go through on the CPU; bench/gpu.sh with HVPFAST_GPU_REHEARSAL=1 rehearses all."""
-    report = rehearsed(f"^{only}")
+    report = rehearsed(f"^{only}", jobs=2 if only == "kron_apply" else 1)
     assert {row["op"] for row in report["validation"]} == {only}
     names = {row["name"] for row in report["times"]}
     assert "reference fp32" in names and any(name.startswith("triton fp32") for name in names)

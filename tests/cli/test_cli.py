@@ -209,6 +209,19 @@ def test_validate_passes(capsys):
     assert re.search(r"^gram +reference +float32 .*passed$", text, re.M) and "agrees with its reference" in text
 
 
+def test_validate_by_several_processes_and_within_a_time(capsys):
+    """The rows of one process in whatever order; after the time none begins, and that is said."""
+    shared = ["validate", "--device", "cpu", "--op", "kron_apply", "--op", "softmax_hvp"]
+    tables = []
+    for more in ([], ["--jobs", "2"]):
+        assert main(shared + more) == 0
+        tables.append(sorted(line for line in capsys.readouterr().out.splitlines() if line.endswith("passed")))
+    assert tables[0] == tables[1] and len(tables[0]) > 8
+    assert main([*shared, "--jobs", "2", "--seconds", "-1"]) == 0
+    assert re.search(r"agrees with its reference; the time was over before \d+ rows", capsys.readouterr().out)
+    assert "1 or more" in refused(capsys, "validate", "--jobs", "0")
+
+
 @pytest.mark.parametrize("fault", ["wrong", "unwritten", "random", "raises"])
 def test_validate_catches_a_bad_kernel(capsys, monkeypatch, fault):
     op = dispatch.OPS["sample_grads"]
