@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,8 +89,24 @@ def of(device: torch.device, kernel: str, rows: dict[str, Tile], product: str, f
     return tile(device, f"{kernel} {key}", rows[key])
 
 
+_asked: list[float] | None = None  # what `below` was asked for while `work` listens
+
+
+def work(worthwhile: Callable[..., str | None], *args, **kwargs) -> float:
+    """How much work a kernel's `worthwhile` sees in some arguments: what its crossover is a number of."""
+    global _asked
+    _asked = heard = []
+    try:
+        worthwhile(*args, **kwargs)
+    finally:
+        _asked = None
+    return heard[0]
+
+
 def below(device: torch.device, op: str, work: float) -> str | None:
     """Why so little work (products, or elements written) is not worth an op's launches, or None."""
+    if _asked is not None:
+        _asked.append(work)
     found = table(device)
     least = found.crossovers.get(op, 0.0)
     if work >= least:

@@ -1,4 +1,4 @@
-"""`hvpfast tune`: a table of tiles for this machine's GPU."""
+"""`hvpfast tune`: a table of tiles and crossovers for this machine's GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from hvpfast.cli import crossovers
 from hvpfast.cli.errors import UserError
 from hvpfast.testing import error
 
@@ -25,13 +26,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the sub-command."""
     parser = commands.add_parser(
         "tune",
-        help="choose the Triton kernels' tiles for this GPU and write them to a table",
+        help="choose the Triton kernels' tiles and crossovers for this GPU and write them to a table",
         description="Times every kernel with other tiles than its own on this machine's GPU, keeps those that agree with it and "
-        "are faster, and writes a table, which HVPFAST_TABLES=<file> makes hvpfast read. No call ever tunes by itself.",
+        "are faster, then finds the size from which on each kernel is faster than its reference, and writes both to a table, "
+        "which HVPFAST_TABLES=<file> makes hvpfast read. No call ever tunes by itself.",
     )
     parser.add_argument("--out", type=Path, help="the file to write (default: sm_<capability>.json here)")
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="only entries whose name matches, like 'gram bf16x3'"
+        "--only", default="", metavar="REGEX", help="only entries and ops whose name matches, like 'gram bf16x3'"
     )
     parser.add_argument("--seconds", type=float, default=600.0, help="start nothing new after this long (default 600)")
     parser.set_defaults(run=run)
@@ -43,15 +45,19 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("torch sees no CUDA device here, and only a GPU's own times choose its tiles")
     device = torch.device("cuda", torch.cuda.current_device())
     tables, tuning = (importlib.import_module(f"hvpfast.kernels.{name}") for name in ("tables", "tuning"))
-    capability = tables.facts(device).capability
+    capability, start = tables.facts(device).capability, time.monotonic()
     chosen = search(
         (case for case in tuning.cases(device) if re.search(args.only, case.name)),
-        tuning.candidates, milliseconds, args.seconds,
+        tuning.candidates, milliseconds, 0.8 * args.seconds,
     )  # fmt: skip
     before = tables.table(device)
+    names = [name for name in before.crossovers if re.search(args.only, name)]
+    least = crossovers.search(names, device, milliseconds, args.seconds - (time.monotonic() - start))
     out = args.out or Path(f"sm_{capability}.json")
-    write(out, before, chosen, torch.cuda.get_device_name(device))
-    print(f"{len(chosen)} tiles in {out}; HVPFAST_TABLES={out.resolve()} makes hvpfast read them")
+    write(out, before, chosen, least, torch.cuda.get_device_name(device))
+    print(
+        f"{len(chosen)} tiles and {len(least)} crossovers in {out}; HVPFAST_TABLES={out.resolve()} makes hvpfast read them"
+    )
     return 0
 
 
@@ -85,12 +91,16 @@ def search(
     return chosen
 
 
-def write(path: Path, before, chosen: dict[str, tuple], device: str) -> None:
-    """The table in force, with these tiles, as a file. Its crossovers stay what they were."""
+def write(path: Path, before, chosen: dict[str, tuple], least: dict[str, float], device: str) -> None:
+    """The table in force, with these tiles and crossovers, as a file. What was measured of neither stays as it was."""
+    today = f"{device}, {datetime.date.today().isoformat()}"
     content = {
-        "about": "Tiles measured by `hvpfast tune`; crossovers as in " + Path(before.path).name,
-        "measured": {**before.measured, "tiles": f"{device}, {datetime.date.today().isoformat()}"},
-        "crossovers": before.crossovers,
+        "about": "Measured by `hvpfast tune`; what it had no time for as in " + Path(before.path).name,
+        "measured": {
+            "tiles": today,
+            "crossovers": today if least.keys() >= before.crossovers.keys() else before.measured["crossovers"],
+        },
+        "crossovers": {**before.crossovers, **least},
         "tiles": {name: list(tile) for name, tile in sorted({**before.tiles, **chosen}.items())},
     }
     path.write_text(json.dumps(content, indent=1) + "\n")

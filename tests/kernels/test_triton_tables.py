@@ -1,5 +1,6 @@
 """Tables of tiles and crossovers, and the search that makes one: host code, with a clock and a device that are not real."""
 
+import importlib
 import json
 
 import pytest
@@ -8,7 +9,7 @@ from hvpfast.kernels import gram, sample_dots, tables, tiles, tuning
 from on_triton import DEVICE, tensor
 
 from hvpfast import ops, testing
-from hvpfast.cli import tune
+from hvpfast.cli import crossovers, tune
 
 HERE = torch.device(DEVICE)
 
@@ -100,11 +101,49 @@ def test_the_search_takes_the_fastest_that_agrees(tmp_path, capsys, use):
     assert "gram ieee 0: (64, 128, 4, 3, 0) left out: RuntimeError" in capsys.readouterr().out
     assert tune.search([kept], lambda tile: [best], clock, seconds=-1.0) == {}
     use(tiles={"sample_dots ieee": [64, 16, 4, 2, 64]}, crossovers={"gram": 7.0})
-    tune.write(tmp_path / "new.json", tables.table(HERE), made, "a fake GPU")
+    tune.write(tmp_path / "new.json", tables.table(HERE), made, {}, "a fake GPU")
     again = tables.read(tmp_path / "new.json")
     assert again.tiles == {"gram ieee 0": best, "sample_dots ieee": tiles.Tile(64, 16, 4, 2, 64)}
     assert again.crossovers == {"gram": 7.0} and again.measured["tiles"].startswith("a fake GPU, 20")
     assert again.measured["crossovers"] is None
+    tune.write(tmp_path / "new.json", tables.table(HERE), made, {"gram": 9.0}, "a fake GPU")
+    again = tables.read(tmp_path / "new.json")
+    assert again.crossovers == {"gram": 9.0} and again.measured["crossovers"].startswith("a fake GPU, 20")
+
+
+@pytest.mark.parametrize("name", sorted(tables.read(tables.path_for(90)).crossovers))
+def test_ladders_weigh_work_as_dispatch_does(use, name):
+    """The two ways agree, and a rung's own work is the least for which `worthwhile` lets the kernel run."""
+    (rung,) = crossovers.ladder(name, torch.bfloat16, HERE, (16,))
+    args, kwargs = testing.make_inputs(name, n=16, t=16, i=2 if name == "conv_gram" else 16, o=1 if name == "conv_gram" else 16,
+                                       dtype=torch.bfloat16, device=DEVICE)  # fmt: skip
+    testing.assert_accurate(rung.kernel(), ops.__dict__[name], *args, **kwargs)
+    worthwhile = importlib.import_module(f"hvpfast.kernels.{name}").worthwhile
+    for least, runs in ((rung.work, True), (rung.work * 1.001, False)):
+        use(crossovers={name: least})
+        assert (worthwhile(*args, **kwargs, precision="auto") is None) == runs
+    one, two = (next(crossovers.ladder(name, torch.float32, HERE, (width,))).work for width in (16, 32))
+    assert two > one > 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "reference", "least"),
+    [
+        ("111", "222", 0.0),
+        ("322", "233", 10.0),
+        ("131", "222", 100.0),
+        ("333", "222", 200.0),
+        ("113", "222", 200.0),
+        ("222", "222", 0),
+    ],
+)
+def test_from_which_work_on_a_kernel_pays(kernel, reference, least, monkeypatch, capsys):
+    """Rungs of 1, 10 and 100: the first from which on it was never slower."""
+    rungs = [crossovers.Rung(10.0**n, int(kernel[n]), int(reference[n])) for n in range(3)]
+    assert crossovers.pays(iter(rungs), float) == least
+    monkeypatch.setattr(crossovers, "ladder", lambda name, dtype, device: iter(rungs if dtype is torch.float32 else []))
+    assert crossovers.search(["gram"], HERE, float) == {"gram": least} and "pays from" in capsys.readouterr().out
+    assert crossovers.search(["gram"], HERE, float, seconds=-1.0) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
