@@ -120,8 +120,9 @@ def run(stages: Sequence[tuple[Sequence[Job], bool, bool]], name: str, tile: Til
     device = stages[0][0][0].x.device
     tile = tables.tile(device, f"grouped {name}", TILES[name]) if tile is None else tile
     rows = [[_row(job, x_by_k, y_by_k) for job in jobs] for jobs, x_by_k, y_by_k in stages]
-    places = torch.tensor(rows, dtype=torch.int64).to(device)
-    dampings = torch.tensor([[job.damping for job in jobs] for jobs, _, _ in stages], dtype=torch.float32).to(device)
+    places = torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)  # staged at once: nothing waits
+    dampings = torch.tensor([[job.damping for job in jobs] for jobs, _, _ in stages], dtype=torch.float32)
+    dampings = dampings.to(device, non_blocking=True)
     for (jobs, x_by_k, y_by_k), table, damping, row in zip(stages, places, dampings, rows, strict=True):
         programs = _programs(tuple(tuple(job.out.shape) for job in jobs), tile.side, device)
         aligned = all(value % 16 == 0 for one in row for value in one)

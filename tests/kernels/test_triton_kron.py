@@ -74,6 +74,16 @@ def test_one_layer_and_refusals():
     assert kron_apply.kron_apply([], [], []) == [] and DEVICE
 
 
+def test_no_copy_to_the_device_waits_for_it(monkeypatch):
+    """But the list of programs, which is made once for the shapes."""
+    args = [tensor(*shape) for shape in ((3, 3), (3, 5), (5, 5))]
+    kron_apply.kron_apply(*args)
+    copies, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: copies.append(k) or to(x, *a, **k))
+    kron_apply.kron_apply(*args)
+    assert copies.count({"non_blocking": True}) == len(copies) == 2
+
+
 def test_a_capture_takes_no_table_from_the_host(monkeypatch):
     layer = types.SimpleNamespace(device="cuda:0", is_cuda=True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
