@@ -263,8 +263,27 @@ def cases() -> list[Case]:
     """Every kernel x dtype x configuration that the launchers choose, sparing what differs in nothing that matters."""
     made = (_gram_cases, _norms_cases, _moments_cases, _product_cases, _grads_cases, _dots_cases, _sample_gram_cases)
     made = (*made, _rop_cases, _grouped_cases)
-    plain = [case for make in (*made, *ahead_conv.MADE, *ahead_streams.MADE) for case in make()]
-    return plain + [_unit(case) for case in {case.kernel: case for case in plain}.values()]
+    wide = [case for make in (*made, *ahead_conv.MADE, *ahead_streams.MADE) for case in make()]
+    plain = wide + [other for case in wide for other in _narrow(case)]
+    known = {case.key(0) for case in plain}
+    plain += [twin for twin in map(_in_fp16, plain) if twin is not None and twin.key(0) not in known]
+    return plain + [_unit(case) for case in {case.kernel: case for case in wide}.values()]
+
+
+def _narrow(case: Case) -> Iterator[Case]:
+    """Tiles cut down to layers narrower than they are (`tiles.side`), as odd as such layers may be."""
+    cut = case.kernel in ("norms-gram", "norms-direct", "moments-samples", "moments-rows", "grads")
+    if cut and case.config.endswith(("-odd", "weighted-ragged")) and case.tile.side == 64:
+        for o, i in ((16, 64), (32, 32)):
+            sides = {"SIDE": o} if "SIDE" in case.constants else {"SIDE_O": o, "SIDE_I": i}
+            config, constants = f"{case.config}-narrow{o}", case.constants | sides
+            yield case._replace(config=config, constants=constants, tensor_cores=False)
+
+
+def _in_fp16(case: Case) -> Case | None:
+    """The same of float16 data, where the case's are bfloat16."""
+    types = {name: POINTERS["fp16"] if kind == POINTERS["bf16"] else kind for name, kind in case.types.items()}
+    return case._replace(dtype="fp16", types=types) if case.dtype == "bf16" else None
 
 
 def _unit(case: Case) -> Case:
