@@ -1,8 +1,8 @@
 """Tiles and crossovers of a GPU as data: tables/sm_<capability>.json, or what HVPFAST_TABLES names (a file, or a folder of them).
 
-A table says which device it was measured on, or that it holds expectations. Its `tiles` replace those written in the kernels'
-files; its `crossovers` are the least work for which an op's kernel runs. It is read once: no call ever times anything.
-`hvpfast tune` makes one.
+A table says which device it was measured on, or that it holds expectations. Its `tiles` come before those in the kernels' files,
+with which a table need not be whole; its `crossovers` are the least work for which an op's kernel runs. It is read once: no call
+ever times anything. `hvpfast tune` makes one.
 """
 
 from __future__ import annotations

@@ -46,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     tables, tuning = (importlib.import_module(f"hvpfast.kernels.{name}") for name in ("tables", "tuning"))
     capability, start = tables.facts(device).capability, time.monotonic()
+    before = tables.table(device)
     chosen = search(
-        (case for case in tuning.cases(device) if re.search(args.only, case.name)),
+        (in_force(case, before.tiles) for case in tuning.cases(device) if re.search(args.only, case.name)),
         tuning.candidates, milliseconds, 0.8 * args.seconds,
     )  # fmt: skip
-    before = tables.table(device)
     names = [name for name in before.crossovers if re.search(args.only, name)]
     least = crossovers.search(names, device, milliseconds, args.seconds - (time.monotonic() - start))
     out = args.out or Path(f"sm_{capability}.json")
@@ -59,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
         f"{len(chosen)} tiles and {len(least)} crossovers in {out}; HVPFAST_TABLES={out.resolve()} makes hvpfast read them"
     )
     return 0
+
+
+def in_force(case, tiles: dict[str, tuple]):
+    """The case with the tile that a table has for it."""
+    return case._replace(tile=tiles.get(case.name, case.tile))
 
 
 def search(
