@@ -282,14 +282,18 @@ def validate_eigh(report: Report, only: str) -> int:
 
 
 def validate_graphs(report: Report, only: str) -> int:
-    """Operators' products from CUDA graphs against those without; returns the count of failures."""
-    if not re.search(only, "cuda_graphs"):
-        return 0
-    poison_free_memory()
-    cases, failures = gpu_operators.graphs_hold()
-    report.add("validation", {"op": "cuda_graphs", "backend": "cuda", "cases": cases, "failures": failures})
-    print(f"{'cuda_graphs':<22}{'cuda':<21}{cases:>4} cases  {f'FAILED {failures}' if failures else 'ok'}", flush=True)
-    return len(failures)
+    """Operators' products from CUDA graphs against those without, and every kernel captured; returns the count of failures."""
+    count = 0
+    for name, hold_all in (
+        ("cuda_graphs", gpu_operators.graphs_hold), ("captures", gpu_operators.captures_hold),
+    ):  # fmt: skip
+        if re.search(only, name):
+            poison_free_memory()
+            cases, failures = hold_all()
+            report.add("validation", {"op": name, "backend": "cuda", "cases": cases, "failures": failures})
+            print(f"{name:<22}{'cuda':<21}{cases:>4} cases  {f'FAILED {failures}' if failures else 'ok'}", flush=True)
+            count += len(failures)
+    return count
 
 
 # times ----------------------------------------------------------------------------------------------------------------

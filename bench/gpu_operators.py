@@ -4,16 +4,18 @@ that say what the ops' times come to. The least work is that of the linear layer
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
-from gpu_cases import DEVICE, REHEARSAL, Timed, with_tf32
+from gpu_cases import BACKENDS, DEVICE, REHEARSAL, Timed, with_tf32
 from torch import Tensor, nn
 
 import hvpfast as hf
 from bench import kfac_peers, peers
 from bench.contest import Unfit
 from bench.models import Workload
+from hvpfast import dispatch, testing
 
 # Products of the layers' size that a gradient, a kept graph's product with the Hessian or the GGN, and factors from a drawn label
 # take: forward 1, each side of a backward pass 1 (tests/operators and docs: 2 N P flops each).
@@ -117,5 +119,55 @@ def graphs_hold() -> tuple[int, list[str]]:
     return cases, failures
 
 
+def captures_hold() -> tuple[int, list[str]]:
+    """Every kernel's launches captured in a CUDA graph, replayed on other data and held against a plain call: nothing in them may
+    wait for the device or ask the host for memory. How many were compared, and what is wrong."""
+    cases, failures = 0, []
+    for op, backend in (
+        (op, backend) for op in dispatch.OPS.values() for backend in BACKENDS if backend in op.backends
+    ):
+        args, kwargs = testing.make_inputs(op.name, n=33, t=3, i=40, o=24, device=DEVICE)
+        other, _ = testing.make_inputs(op.name, n=33, t=3, i=40, o=24, device=DEVICE, seed=1)
+        if op.why_not(backend, *args, **kwargs) is not None or op.name in _FROM_HOST:
+            continue
+        cases += 1
+        try:
+            expected = testing.pieces(op.on(backend)(*other, **kwargs))
+            replay, held = _graph_of(functools.partial(op.on(backend), *args, **kwargs))
+            for to, value in zip(args, other, strict=True):
+                if isinstance(to, Tensor):
+                    to.copy_(value)
+            replay()
+            if not all(torch.equal(x, y) for x, y in zip(testing.pieces(held), expected, strict=True)):
+                failures.append(f"{op.name} on {backend}: the replay's result is another")
+        except Exception as error:  # whatever a capture raises is what is asked for here
+            failures.append(f"{op.name} on {backend}: {type(error).__name__}: {error}")
+            if "CUDA error" in str(error):
+                break
+    return cases, failures
+
+
+def _graph_of(run: Callable[[], object]) -> tuple[Callable[[], None], list[Tensor]]:
+    """What replays the captured call, and the tensors that it writes; in a rehearsal the call itself."""
+    if REHEARSAL:
+        held = [torch.empty_like(x) for x in testing.pieces(run())]
+        return lambda: [x.copy_(y) for x, y in zip(held, testing.pieces(run()), strict=True)], held
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiled, and workspaces' sizes known, before the capture
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = testing.pieces(run())
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay, held
+
+
+_FROM_HOST = ("kron_apply", "kron_solve")  # a table of addresses: their kernels refuse a capture, and torch takes it
 _GRAPHS = "auto" if REHEARSAL else "required"
 SHAPES = ((16, 1, 5),) if REHEARSAL else ((1024, 4, 8192), (256, 8, 512), (64, 3, 128))

@@ -168,6 +168,15 @@ def test_products_from_cuda_graphs_are_rehearsed():
     assert captured == ["Hessian", "GGN"]
 
 
+def test_every_kernel_in_a_capture_is_rehearsed():
+    """On other data than it was captured with; but the Kronecker ops, which refuse it (tests/kernels/test_triton_kron.py)."""
+    from hvpfast import dispatch
+
+    (row,) = rehearsed("^captures")["validation"]
+    backends = [backend for op in dispatch.OPS.values() for backend in op.backends if backend in ("cpu", "triton")]
+    assert row["failures"] == [] and len(backends) - 8 < row["cases"] <= len(backends) - 2
+
+
 def test_the_proof_holds_for_ours():
     """Every case of `bench.proof` without the peers: exact to rounding, and the drawn ones to their noise."""
     done = run("-m", "bench.proof", "--alone")
