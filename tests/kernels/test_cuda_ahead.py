@@ -33,6 +33,7 @@ COMMON = {
 }
 LIMITS = {
     "sm_80": COMMON | {"tile_kernel": Limit(8, {})},  # empty: it is Hopper's
+    "sm_100": COMMON | {"tile_kernel": Limit(8, {}), "split_kernel": Limit(32, {"F2FP": 2})},
     "sm_90a": COMMON
     | {"tile_kernel": Limit(160, {"HGMMA.64x128x16.F32": 8, "tnspA.tnspB": 8, "UTMALDG.2D": 6, "SYNCS.PHASECHK": 6})},
 }

@@ -38,7 +38,8 @@ def test_gram_layouts(layout, dtype):
 
 
 @pytest.mark.parametrize(
-    "product, dtype", [("exact", torch.bfloat16), ("bf16x3", torch.float32), ("ieee", torch.float32)]
+    "product, dtype",
+    [("exact", torch.bfloat16), *((name, torch.float32) for name in ("bf16", "bf16x3", "bf16x6", "ieee"))],
 )
 @pytest.mark.parametrize("splits", [1, 2, 5])
 def test_gram_splits_and_blends_on_every_tile(product, dtype, splits):
@@ -50,7 +51,7 @@ def test_gram_splits_and_blends_on_every_tile(product, dtype, splits):
             gram.launch(x, out, 0.3, 0.7, True, product, tile, splits)
             testing.assert_accurate(
                 out, ops.gram, x, out=before, alpha=0.3, beta=0.7, ones_column=True,
-                precision=product if product == "bf16x3" else "ieee",
+                precision=product if product in ("bf16", "bf16x3") else "ieee",
             )  # fmt: skip
 
 
