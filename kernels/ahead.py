@@ -8,8 +8,8 @@ The limits hold for Triton 3.9. All but those of float16 and of narrow layers we
 which some variants spill a few registers all the same, most of them those that know nothing of their strides. A row breaks them
 by a spill (of more than LITTLE where a tile is cut down to a narrow layer: the compiler then trades registers for programs), by
 more registers or shared memory than its limit or the smallest target allows, or by losing tensor-core instructions: mma on sm_80,
-wgmma on sm_90, tcgen05 on sm_100. Registers, stack and spills are read off the cubin (`cuobjdump` from the triton wheel). All this says
-that the kernels exist and fit, not that they are fast.
+wgmma on sm_90, tcgen05 on sm_100. Registers, stack and spills are read off the cubin (`cuobjdump` from the triton wheel). All
+this says that the kernels exist and fit, not that they are fast.
 """
 
 from __future__ import annotations
