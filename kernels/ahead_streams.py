@@ -58,7 +58,9 @@ def _stats_cases() -> Iterator[Case]:
     plain = {"SCALE": True, "KIND": 0, "MEAN": 0, "RSTD": 0, "SUMS": False}
     tile = {"POSITIONS": of.ELEMENTS // of.FEATURES, "FEATURES": of.FEATURES}
     for dtype, name, known, flags in (
-        ("fp32", "layer-4096", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": of.WHOLE}),
+        ("fp32", "layer-8192", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": of.WHOLE}),
+        ("fp32", "layer-4096", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": 4096}),
+        ("bf16", "rms-8192-sums", last, {"KIND": 2, "SUMS": True, "POSITIONS": 1, "FEATURES": of.WHOLE}),
         ("bf16", "layer-2048", last, {"KIND": 1, "POSITIONS": 1, "FEATURES": 2048}),
         ("bf16", "rms-512-sums", last, {"KIND": 2, "SUMS": True, "POSITIONS": 4, "FEATURES": 512}),
         ("bf16", "given-channels", ("stride_xn", "stride_xi", "stride_gm", "stride_gi"),

@@ -19,7 +19,7 @@ from . import tiles
 # Not yet measured on a GPU.
 ELEMENTS = 2048  # of a tile, unless the features are more
 FEATURES = 128  # of a tile that need not hold all
-WHOLE = 4096  # features up to which a program holds whole positions
+WHOLE = 8192  # features up to which a program holds whole positions: of 16384, all dtypes spill
 MOST_STEPS = 256  # tiles along T that one float32 sum takes
 
 KINDS = {None: 0, "layer": 1, "rms": 2}

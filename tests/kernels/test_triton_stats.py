@@ -51,6 +51,15 @@ def test_more_features_than_a_program_holds(how, monkeypatch):
         testing.assert_accurate(kernel.norm_sample_stats(x, g, **how), ops.norm_sample_stats, x, g, **how)
 
 
+@pytest.mark.parametrize("how", KINDS[:2], ids=str)
+def test_positions_of_5000_features_in_one_pass(how, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "float", None)  # a second pass would begin with it
+    x, g = pair(2, 3, 5000, 1)
+    found = kernel.norm_sample_stats(x, g, **how)
+    monkeypatch.undo()
+    testing.assert_accurate(found, ops.norm_sample_stats, x, g, **how)
+
+
 def test_long_sums_are_split(monkeypatch):
     """No float32 sum takes more than MOST_STEPS tiles."""
     monkeypatch.setattr(kernel, "MOST_STEPS", 2)
