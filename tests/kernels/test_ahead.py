@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +55,26 @@ def test_what_breaks_a_row(change, said):
     assert (not broken) if said is None else any(said in one for one in broken)
     assert ahead.check([row], {}) and ahead.check([], {"gone fp32 x sm_90": limit})
     assert not any("limit is" in one for one in ahead.check([row], ahead.widened({}, [row])))
+
+
+def test_what_launchers_ask_for_compiles(clean_env):
+    """`python -m bench.launched` of one op and target; all of them take half an hour."""
+    command = [
+        sys.executable,
+        "-m",
+        "bench.launched",
+        "--op",
+        "weighted_grad",
+        "--op",
+        "softmax_root",
+        "--target",
+        "90",
+    ]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [*command, "--sizes", "3", "--jobs", "1"], capture_output=True, text=True, env=clean_env, cwd=root
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    configurations, compilations = re.match(r"(\d+) configurations of 2 ops, (\d+) comp", done.stdout).groups()
+    assert configurations == compilations and int(compilations) > 10
+    assert f"0 of {compilations} do not" in done.stdout
