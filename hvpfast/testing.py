@@ -191,7 +191,7 @@ def make_inputs(
         "embedding_sample_norms": lambda: (lookup(), {}),
         "embedding_second_moment": lambda: ((*lookup(), i + 1), {}),
         "matmul": lambda: ((draw(n * t, i), draw(i, o)), {"bias": draw(o)}),
-        "convolve": lambda: ((draw(n, i, t + 2, 5), draw(o, i, 3, 2)), {"padding": 1, "bias": draw(o)}),
+        "convolve": lambda: ((draw(n, max(i, 1), t + 2, 5), draw(max(o, 1), max(i, 1), 3, 2)), {"padding": 1}),
         "cg_update": iteration,
         "linear_rop": rop,
         "activation_rop": lambda: (tuple(3 * draw(n, t, i) for _ in range(3)), {"activation": "gelu"}),

@@ -14,6 +14,8 @@ namespace {
 #if HVPFAST_AMX
 constexpr int64_t kGroups = 36;  // of 32 channels at one tap that a block of sums takes at a time: 144 KiB of weights
 
+constexpr int64_t kPacked = int64_t(4) << 20;  // bytes of weights packed at a time: results of more are gone through again
+
 // Lanes of a packed plane: the last tile may begin in the last row; pairs must not all lie in one set of a cache.
 int64_t padded(int64_t lanes) {
     const int64_t whole = ceil_div(lanes, 16) * 16 + 16;
@@ -26,7 +28,6 @@ struct Planned : CorrelationPlan {
     explicit Planned(const Correlation& one) {
         by = one;
         taps = by.taps[0] * by.taps[1], groups = ceil_div(by.channels, 32), panels = ceil_div(by.features, 32);
-        panel_bytes = groups * taps * 4096;
         rows = by.stride[1] == 1 && by.positions[1] % 16 == 0;
         columns = rows ? 1 : by.taps[1];
         pitch = by.positions[1] + (rows ? (by.taps[1] - 1) * by.dilation[1] : 0);
@@ -40,6 +41,8 @@ struct Planned : CorrelationPlan {
         }
         remainders = int64_t(seen.size());
         together = least(groups, most(1, kGroups / taps));
+        packed = least(groups, most(1, kPacked / (panels * taps * 4096 * together)) * together);
+        panel_bytes = packed * taps * 4096;
         const int64_t aim = l2_bytes() * 2 / 5, values = together * columns * remainders * 32 * 4;
         band = by.positions[0];
         if (values * padded((band + reach) * pitch) > aim) {
@@ -68,12 +71,17 @@ bool correlate(const Correlation& by, int threads) {
     std::vector<CorrelationSeen> seen(size_t(all), CorrelationSeen{});
     parallel(all, [&](int index, int count) {
         correlate_begin();
-        for (int64_t panel = index; panel < plan.panels; panel += count) pack_weights(plan, panel, base + panel * plan.panel_bytes, seen[size_t(index)]);
-        barrier(count);
-        for (int job = index; job < all; job += count) {  // OpenMP may give fewer threads
-            const int64_t part = job / splits, split = job % splits;
-            correlate_share(plan, by.batch * part / parts, by.batch * (part + 1) / parts, plan.panels * split / splits, plan.panels * (split + 1) / splits,
-                            base, base + whole + index * each, seen[size_t(index)]);
+        for (int64_t group = 0; group < plan.groups; group += plan.packed) {
+            const int64_t end = least(plan.groups, group + plan.packed);
+            for (int64_t panel = index; panel < plan.panels; panel += count)
+                pack_weights(plan, panel, group, end, base + panel * plan.panel_bytes, seen[size_t(index)]);
+            barrier(count);
+            for (int job = index; job < all; job += count) {  // OpenMP may give fewer threads
+                const int64_t part = job / splits, split = job % splits;
+                correlate_share(plan, by.batch * part / parts, by.batch * (part + 1) / parts, plan.panels * split / splits, plan.panels * (split + 1) / splits,
+                                group, end, base, base + whole + index * each, seen[size_t(index)]);
+            }
+            barrier(count);
         }
         correlate_end();
     });

@@ -251,18 +251,18 @@ void correlate_begin() {
 void correlate_end() { _tile_release(); }
 
 // Weights of 32 features: [group][tap][16 features][hi, lo], a tile each.
-void pack_weights(const Plan& plan, int64_t panel, char* to, CorrelationSeen& largest) {
+void pack_weights(const Plan& plan, int64_t panel, int64_t from_group, int64_t to_group, char* to, CorrelationSeen& largest) {
     Split seen{_mm512_setzero_si512(), _mm512_setzero_ps()};
     const Correlation& by = plan.by;
     const __m512i steps = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi32(int(by.w_channel)));
     alignas(64) float run[32];
-    for (int64_t group = 0; group < plan.groups; ++group) {
+    for (int64_t group = from_group; group < to_group; ++group) {
         const int64_t channel = group * 32;
         const __mmask16 first = first_lanes(by.channels - channel), second = first_lanes(by.channels - channel - 16);
         for (int64_t row = 0; row < 32; ++row) {
             const int64_t feature = panel * 32 + row;
             for (int64_t tap = 0; tap < plan.taps; ++tap) {
-                char* const tile = to + (group * plan.taps + tap) * kWeights + row / 16 * 2 * kTile + row % 16 * 64;
+                char* const tile = to + ((group - from_group) * plan.taps + tap) * kWeights + row / 16 * 2 * kTile + row % 16 * 64;
                 __m512i high = _mm512_setzero_si512(), low = high;
                 if (feature < by.features) {
                     const float* const from = by.w + feature * by.w_feature + channel * by.w_channel + tap / by.taps[1] * by.w_place[0] + tap % by.taps[1] * by.w_place[1];
@@ -279,7 +279,8 @@ void pack_weights(const Plan& plan, int64_t panel, char* to, CorrelationSeen& la
     note(seen, largest.weights);
 }
 
-void correlate_share(const Plan& plan, int64_t first, int64_t last, int64_t from, int64_t to, const char* weights, char* packed, CorrelationSeen& largest) {
+void correlate_share(const Plan& plan, int64_t first, int64_t last, int64_t from, int64_t to, int64_t from_group, int64_t to_group, const char* weights,
+                     char* packed, CorrelationSeen& largest) {
     const Correlation& by = plan.by;
     Split seen{_mm512_setzero_si512(), _mm512_setzero_ps()};
     alignas(64) float bias[32 * 16], held[2 * 32 * 16];
@@ -288,8 +289,8 @@ void correlate_share(const Plan& plan, int64_t first, int64_t last, int64_t from
             const int64_t count = least(plan.images, last - image), lines = least(plan.band, by.positions[0] - line);
             const Block block(plan, packed, image, line, lines);
             const int64_t tiles = count * tiles_of(plan, lines);
-            for (int64_t group = 0; group < plan.groups; group += plan.together) {
-                const int64_t some = least(plan.together, plan.groups - group);
+            for (int64_t group = from_group; group < to_group; group += plan.together) {
+                const int64_t some = least(plan.together, to_group - group);
                 for (int64_t n = 0; n < count; ++n)
                     for (int64_t g = 0; g < some; ++g)
                         pack_image(plan, image + n, line, lines, group + g, packed + (n * plan.together + g) * plan.group_bytes, seen);
@@ -297,7 +298,7 @@ void correlate_share(const Plan& plan, int64_t first, int64_t last, int64_t from
                 for (int64_t panel = from; panel < to; ++panel) {
                     for (int64_t f = 0; f < 32; ++f) fill(bias + f * 16, 16, by.bias != nullptr && panel * 32 + f < by.features ? by.bias[panel * 32 + f] : 0.0f);
                     __asm__ volatile("" ::: "memory");
-                    const char* const a = weights + panel * plan.panel_bytes + group * plan.taps * kWeights;
+                    const char* const a = weights + panel * plan.panel_bytes + (group - from_group) * plan.taps * kWeights;
                     for (int64_t tile = 0; tile < tiles; tile += 2) {
                         const Place left = block.place(tile);
                         const bool both = tile + 1 < tiles;

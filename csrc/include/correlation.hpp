@@ -28,6 +28,7 @@ struct CorrelationPlan {
     int64_t plane, copy_bytes, group_bytes;
     int64_t together, images;            // groups and images packed at a time
     const int64_t *remainder, *at;       // of a row of taps, its remainder's number; of a tap, the byte where it begins
+    int64_t packed;                      // groups whose weights are packed at a time
     int64_t panel_bytes;                 // of packed weights
 };
 
@@ -38,8 +39,10 @@ struct CorrelationSeen {
 
 void correlate_begin();
 void correlate_end();
-void pack_weights(const CorrelationPlan& plan, int64_t panel, char* to, CorrelationSeen& seen);
-// One thread's share: images [first, last), panels of features [from, to).
-void correlate_share(const CorrelationPlan& plan, int64_t first, int64_t last, int64_t from, int64_t to, const char* weights, char* packed, CorrelationSeen& seen);
+// Those of a panel and of groups of channels [from_group, to_group).
+void pack_weights(const CorrelationPlan& plan, int64_t panel, int64_t from_group, int64_t to_group, char* to, CorrelationSeen& seen);
+// One thread's share of what these groups add: images [first, last), panels of features [from, to).
+void correlate_share(const CorrelationPlan& plan, int64_t first, int64_t last, int64_t from, int64_t to, int64_t from_group, int64_t to_group,
+                     const char* weights, char* packed, CorrelationSeen& seen);
 
 }  // namespace hvpfast
