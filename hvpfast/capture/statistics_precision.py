@@ -1,7 +1,10 @@
 """Linear maps and convolutions of passes whose results are statistics, forward and backward: in bf16x3 where a kernel is faster.
 
-What reaches a Kronecker factor, a norm or a second moment is multiplied in that precision there anyway. Weights' gradients are
-formed only where something asks for them; in torch, a layer that is a leaf's user is always asked.
+What reaches a Kronecker factor, a norm or a second moment is multiplied in that precision there anyway, and a backward pass is
+linear in what it starts from. A forward pass is not: where an activation has a kink, a pre-activation that is off by 4e-6 of its
+size takes the other side four times as often as float32's own rounding makes it (the gradients' factors of ResNet-18, 64 images,
+exact: 1.4e-3 from float64 in place of 3.6e-4, 2026-11-22). So the forward pass is float32's, but of statistics that are random
+draws themselves. Weights' gradients are formed only where something asks for them.
 """
 
 from __future__ import annotations
@@ -22,27 +25,33 @@ _LEAST = 48 * 48  # numbers of a weight from which on it may pay
 
 
 @contextlib.contextmanager
-def statistics_precision(model: nn.Module) -> Iterator[None]:
-    """Within the block, the layers of a float32 model on the CPU may run in bf16x3, unless `precision` says otherwise."""
+def statistics_precision(model: nn.Module, drawn: bool = False) -> Iterator[None]:
+    """Within the block, graphs of a float32 model on the CPU are made whose backward passes may run in bf16x3, unless `precision`
+    says otherwise. `drawn`: the forward pass too, since the statistic's own random error is larger by orders."""
     wanted = precision_in_use() in ("auto", "bf16x3") and any(
         p.dim() > 1 and p.numel() >= _LEAST and p.dtype is torch.float32 and p.is_cpu for p in model.parameters()
     )
-    with _Statistics() if wanted else contextlib.nullcontext():
+    with _Statistics(drawn) if wanted else contextlib.nullcontext():
         yield
 
 
 class _Statistics(TorchFunctionMode):
+    def __init__(self, drawn: bool):
+        super().__init__()
+        self._drawn = drawn
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return _REPLACED.get(func, func)(*args, **(kwargs or {}))
+        taken = _REPLACED.get(func)
+        return func(*args, **(kwargs or {})) if taken is None else taken(self._drawn, *args, **(kwargs or {}))
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(drawn: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., I), w (O, I), b (O,) -> (..., O)."""
     if _fit(input, weight, bias) and weight.dim() == 2 and input.dim() > 1 and input.shape[-1] == weight.shape[1]:
         with torch.no_grad():
             pays = input.is_cpu and _runs(ops.matmul, _rows(input.detach()), weight.detach().T)
         if pays:
-            return _Linear.apply(input, _apart(weight), _apart(bias))
+            return _Linear.apply(input, _apart(weight), _apart(bias), drawn)
     return F.linear(input, weight, bias)
 
 
@@ -52,9 +61,11 @@ def _rows(x: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, b):
+    def forward(ctx, x, w, b, drawn):
         ctx.save_for_backward(x, w)
         ctx.set_materialize_grads(False)
+        if not drawn:
+            return F.linear(x, w, b)
         flat = _taken(ops.matmul, _rows(x), w.T, **({} if b is None else {"bias": b}))
         # Not a view, which an activation in place could not be applied to.
         return flat if x.dim() == 2 else torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], len(w)])
@@ -62,14 +73,15 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         if g is None:
-            return None, None, None
+            return (None,) * 4
         x, w = ctx.saved_tensors
         if torch.is_grad_enabled():  # it will be differentiated again
-            return g @ w, _rows(g).T @ _rows(x), _rows(g).sum(0)
+            return g @ w, _rows(g).T @ _rows(x), _rows(g).sum(0), None
         return (
             _taken(ops.matmul, _rows(g), w).reshape(x.shape) if _wants(ctx, 0) else None,
             _rows(g).T @ _rows(x) if _wants(ctx, 1) else None,
             _rows(g).sum(0) if _wants(ctx, 2) else None,
+            None,
         )
 
 
@@ -77,6 +89,7 @@ def _convolution(axes: int):
     plain = (F.conv1d, F.conv2d)[axes - 1]
 
     def convolution(
+        drawn: bool,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -96,7 +109,7 @@ def _convolution(axes: int):
                     except (ValueError, TypeError):  # torch says what is wrong
                         pays = False
                 if pays:
-                    return _Convolution.apply(input, _apart(weight), _apart(bias), how)
+                    return _Convolution.apply(input, _apart(weight), _apart(bias), how, drawn)
         return plain(input, weight, bias, stride, padding, dilation, groups)
 
     return convolution
@@ -118,16 +131,18 @@ def _sides(
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, b, how):
+    def forward(ctx, x, w, b, how, drawn):
         ctx.save_for_backward(x, w)
         ctx.how = how
         ctx.set_materialize_grads(False)
+        if not drawn:
+            return (F.conv1d, F.conv2d)[x.dim() - 3](x, w, b, how["stride"], how["padding"], how["dilation"])
         return _taken(ops.convolve, x, w, **how, **({} if b is None else {"bias": b}))
 
     @staticmethod
     def backward(ctx, g):
         if g is None:
-            return (None,) * 4
+            return (None,) * 5
         x, w = ctx.saved_tensors
         again = torch.is_grad_enabled()  # it will be differentiated again
         wanted = [ctx.needs_input_grad[i] if again else _wants(ctx, i) for i in range(3)]
@@ -141,7 +156,7 @@ class _Convolution(torch.autograd.Function):
             rest = torch.ops.aten.convolution_backward(
                 g, x, w, shape, how["stride"], how["padding"], how["dilation"], False, [0] * axes, 1, wanted
             )
-        return rest[0] if of_x is None else of_x, rest[1], rest[2], None
+        return rest[0] if of_x is None else of_x, rest[1], rest[2], None, None
 
 
 _REPLACED = {F.linear: _linear, F.conv1d: _convolution(1), F.conv2d: _convolution(2)}

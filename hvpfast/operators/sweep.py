@@ -31,6 +31,8 @@ from hvpfast.capture.units import Unit, units_of
 
 FISHER_TYPES = ("type-2", "mc", "empirical", "forward-only", "curvature-propagation")
 
+_DRAWN = ("mc", "curvature-propagation")  # whose random error is larger by far than bf16x3's
+
 _apart: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
 ReceiveSites = Callable[[Unit, list[Site]], None]  # a unit without a layout, and one column's rows of each parameter
 
@@ -337,9 +339,10 @@ class Sweep:
         problem.check_state()
         with preserved(problem.model):
             for batch in problem.data:
+                drawn = self.fisher_type in _DRAWN
                 with (
                     recording(problem.model, list(problem.params.values())) as tape,
-                    statistics_precision(problem.model),
+                    statistics_precision(problem.model, drawn),
                 ):
                     evaluated = problem.evaluate(batch)
                 if evaluated.weight == 0:

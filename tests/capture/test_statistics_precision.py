@@ -1,6 +1,7 @@
 """Factors, norms and second moments whose layers run in bf16x3: the numbers of float64 to that precision, on every model."""
 
 import copy
+import functools
 
 import pytest
 import tiers
@@ -74,7 +75,7 @@ PROBLEMS = dict(problems())
 
 
 def quantities(model, data):
-    for kind in ("type-2", "empirical", "forward-only"):
+    for kind in ("type-2", "empirical", "forward-only", "curvature-propagation"):  # the last: the forward pass too
         for name, (a, g) in hf.KFAC(model, LOSS, data, fisher_type=kind).factors.items():
             yield f"{kind} {name}", [a, g]
     yield "EKFAC", [hf.EKFAC(model, LOSS, data, fisher_type="type-2").trace()]
@@ -149,9 +150,11 @@ def test_the_functions_are_torch_s_in_float64(create_graph):
     )
     how = {"stride": (2, 1), "padding": (1, 1), "dilation": (1, 1)}
     check = torch.autograd.gradgradcheck if create_graph else torch.autograd.gradcheck
-    assert check(lambda *args: sp._Linear.apply(*(a.view_as(a) for a in args)), (x, w, b))
-    assert check(lambda *args: sp._Convolution.apply(*(a.view_as(a) for a in args), how), (image, kernel, shift))
-    assert torch.allclose(sp._Convolution.apply(image, kernel, shift, how), F.conv2d(image, kernel, shift, (2, 1), 1))
+    assert check(lambda *args: sp._Linear.apply(*(a.view_as(a) for a in args), True), (x, w, b))
+    assert check(lambda *args: sp._Convolution.apply(*(a.view_as(a) for a in args), how, True), (image, kernel, shift))
+    assert torch.allclose(
+        sp._Convolution.apply(image, kernel, shift, how, False), F.conv2d(image, kernel, shift, (2, 1), 1)
+    )
 
 
 @pytest.mark.parametrize("arguments", [{"padding": 7}, {"padding": "same"}, {"stride": 0}, {"padding": (1, 2, 3)}])
@@ -163,4 +166,4 @@ def test_bad_arguments_are_torch_s_to_name(arguments):
             convolution(x, w, **arguments)
         return str(caught.value)
 
-    assert message(sp._REPLACED[F.conv2d]) == message(F.conv2d)
+    assert message(functools.partial(sp._REPLACED[F.conv2d], True)) == message(F.conv2d)
