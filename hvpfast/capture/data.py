@@ -37,7 +37,7 @@ class Data:
         self.who = who
         self.in_memory = True
         if _is_pair(data):
-            self._source: Iterable = [data]
+            self._source: Iterable = [_usable(data)]
         elif isinstance(data, (list, tuple)):
             if not data:
                 raise ValueError(f"{who}: the list of batches is empty; it must hold at least one (X, y) pair")
@@ -47,7 +47,7 @@ class Data:
                         f"{who}: data[{index}] is {_described(item)}; every batch must be an (X, y) pair, X a tensor, a "
                         f"tuple or a dict"
                     )
-            self._source = list(data)
+            self._source = [_usable(item) for item in data]
         elif isinstance(data, (Tensor, Mapping, str, bytes)) or not hasattr(data, "__iter__"):
             raise TypeError(
                 f"{who}: data is {_described(data)}; it must be one (X, y) pair, a list of such pairs, or a DataLoader"
@@ -80,6 +80,7 @@ class Data:
                 prints.append(_fingerprint(item))
                 if self._prints is not None and (index >= len(self._prints) or prints[-1] != self._prints[index]):
                     raise StateError(self._changed(index))
+            item = item if self.in_memory else _usable(item)
             yield Batch(index, item[0], item[1])
         if not self.in_memory:
             if not prints:
@@ -144,6 +145,22 @@ def tensors_in(item: object) -> list[Tensor]:
     if isinstance(item, (tuple, list)):
         return [x for value in item for x in tensors_in(value)]
     return []
+
+
+def _usable(item: object) -> object:
+    """The batch; where tensors of it were made in inference mode, which autograd does not take, with copies of these."""
+    if not any(x.is_inference() for x in tensors_in(item)):
+        return item
+    with torch.inference_mode(False):
+        return _copied(item)
+
+
+def _copied(item: object) -> object:
+    if isinstance(item, Tensor):
+        return item.clone() if item.is_inference() else item
+    if isinstance(item, Mapping):
+        return {name: _copied(value) for name, value in item.items()}
+    return type(item)(_copied(value) for value in item) if isinstance(item, (tuple, list)) else item
 
 
 def batch_size(inputs: object) -> int:

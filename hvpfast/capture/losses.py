@@ -145,6 +145,9 @@ class Loss:
     def columns(self, output: Tensor, target: object, axis: int) -> Iterator[Tensor]:
         """u_k, each shaped like the output, with sum_k u_k u_k' = S within each term, whose features lie along `axis`."""
         root, shape = self.root(output, target), [1] * output.dim()
+        if output.dim() == 1:  # one feature, which has no axis
+            yield root(torch.ones_like(output)).detach()
+            return
         shape[axis] = output.shape[axis]
         for z in torch.eye(output.shape[axis], dtype=output.dtype, device=output.device):
             yield root(z.view(shape).expand_as(output)).detach()

@@ -105,7 +105,9 @@ class Run:
         if kind == "type-2" and self._sweep.problem.loss.joint:
             return f[0].numel() * (1 if apart else f.shape[0] // max(1, self.samples))
         if kind == "type-2":
-            return self._sweep.problem.loss.rank(f.shape[self._axis]) * (1 if apart else self._positions)
+            return self._sweep.problem.loss.rank(f.shape[self._axis] if f.dim() > 1 else 1) * (
+                1 if apart else self._positions
+            )
         if kind == "empirical":
             return 1 if apart else self._positions
         return 0 if kind == "forward-only" else self._sweep.mc_samples

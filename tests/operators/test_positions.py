@@ -1,4 +1,4 @@
-"""Losses with a term a position: K-FAC by its definition, whatever was asked of the model before; in-place changes; float64."""
+"""Outputs of other shapes than (N, C), K-FAC by its definition, whatever was asked before; in-place changes; float64."""
 
 import warnings
 
@@ -175,3 +175,47 @@ def test_a_preconditioner_sees_outputs_changed_in_place():
         steps.append(torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
         assert relative(steps[-1], plain) > 1e-3
     assert relative(steps[1], steps[0]) < TOLERANCE
+
+
+class Squeezed(nn.Module):
+    """One number a sample, without an axis of its own: outputs (N,)."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x).squeeze(-1)
+
+
+SCALARS = {
+    "mse": nn.MSELoss(),
+    "bce": nn.BCEWithLogitsLoss(pos_weight=torch.tensor(2.0), reduction="sum"),
+    "huber": nn.HuberLoss(delta=9.0),
+    "custom": lambda output, target: (output - target).square().mean(),
+}
+
+
+@pytest.mark.parametrize("loss", SCALARS)
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "curvature-propagation", "empirical"])
+def test_outputs_without_an_axis_of_features(loss, fisher_type):
+    """They give what the same outputs give as (N, 1)."""
+    model, x, y = Squeezed(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(N, 3), torch.rand(N).round()
+    for kind in (hf.KFAC, hf.EKFAC):
+        one = kind(model, SCALARS[loss], (x, y), fisher_type=fisher_type)
+        other = kind(model.layers, SCALARS[loss], (x, y.unsqueeze(1)), fisher_type=fisher_type)
+        assert relative(one.to_dense(), other.to_dense()) < TOLERANCE
+    if fisher_type == "type-2":
+        assert relative(one.trace(), dense_ggn(model, SCALARS[loss], x, y).trace()) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", [hf.Hessian, hf.GGN, hf.EmpiricalFisher, hf.KFAC])
+def test_data_made_in_inference_mode(kind):
+    """Autograd takes no such tensors: they are copied."""
+    model, x, y = nn.Linear(3, 2), torch.randn(N, 3), torch.randint(0, 2, (N,))
+    truth = kind(model, F.cross_entropy, (x, y)).to_dense()
+    with torch.inference_mode():
+        made = x.clone(), y.clone()
+        assert made[0].is_inference()
+        for data in (made, [made], torch.utils.data.DataLoader(list(zip(*made, strict=True)), batch_size=N)):
+            assert relative(kind(model, F.cross_entropy, data).to_dense(), truth) < TOLERANCE
