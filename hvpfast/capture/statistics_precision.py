@@ -21,18 +21,25 @@ from hvpfast import ops
 from hvpfast.capture.rows_twice import _apart, _fit, _runs, _taken, _wants
 from hvpfast.dispatch import precision_in_use
 
-_LEAST = 48 * 48  # numbers of a weight from which on it may pay
+_LEAST = 24, 48 * 48  # channels or features on either side, and numbers of a weight, from which on it may pay
 
 
 @contextlib.contextmanager
 def statistics_precision(model: nn.Module, drawn: bool = False) -> Iterator[None]:
     """Within the block, graphs of a float32 model on the CPU are made whose backward passes may run in bf16x3, unless `precision`
     says otherwise. `drawn`: the forward pass too, since the statistic's own random error is larger by orders."""
-    wanted = precision_in_use() in ("auto", "bf16x3") and any(
-        p.dim() > 1 and p.numel() >= _LEAST and p.dtype is torch.float32 and p.is_cpu for p in model.parameters()
-    )
+    wanted = precision_in_use() in ("auto", "bf16x3") and _wide(model) > (0 if drawn else 1)
     with _Statistics(drawn) if wanted else contextlib.nullcontext():
         yield
+
+
+def _wide(model: nn.Module) -> int:
+    """Weights that may be worth it. No gradient goes through the first layer's: of one alone only the forward pass is."""
+    side, numbers = _LEAST
+    return sum(
+        p.dim() > 1 and p.dtype is torch.float32 and p.is_cpu and min(p.shape[:2]) >= side and p.numel() >= numbers
+        for p in model.parameters()
+    )
 
 
 class _Statistics(TorchFunctionMode):
@@ -47,12 +54,23 @@ class _Statistics(TorchFunctionMode):
 
 def _linear(drawn: bool, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`: x (..., I), w (O, I), b (O,) -> (..., O)."""
-    if _fit(input, weight, bias) and weight.dim() == 2 and input.dim() > 1 and input.shape[-1] == weight.shape[1]:
+    if (
+        _asked(drawn, input)
+        and _fit(input, weight, bias)
+        and weight.dim() == 2
+        and input.dim() > 1
+        and input.shape[-1] == weight.shape[1]
+    ):
         with torch.no_grad():
             pays = input.is_cpu and _runs(ops.matmul, _rows(input.detach()), weight.detach().T)
         if pays:
             return _Linear.apply(input, _apart(weight), _apart(bias), drawn)
     return F.linear(input, weight, bias)
+
+
+def _asked(drawn: bool, x: Tensor) -> bool:
+    """Whether either pass through a layer may be in bf16x3: backward, there is none to data."""
+    return drawn or not isinstance(x, Tensor) or x.requires_grad
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -99,7 +117,13 @@ def _convolution(axes: int):
         groups: int = 1,
     ) -> Tensor:
         """`F.conv1d` or `F.conv2d`."""
-        if groups == 1 and _fit(input, weight, bias) and input.is_cpu and input.dim() == weight.dim() == axes + 2:
+        if (
+            groups == 1
+            and _asked(drawn, input)
+            and _fit(input, weight, bias)
+            and input.is_cpu
+            and input.dim() == weight.dim() == axes + 2
+        ):
             sides = _sides(padding, dilation, weight.shape[2:])
             if sides is not None and input.shape[1] == weight.shape[1]:
                 how = {"stride": _each(stride, axes), "padding": sides, "dilation": _each(dilation, axes)}

@@ -26,7 +26,7 @@ def everywhere(monkeypatch):
     if NO_AMX is not None:
         pytest.skip(f"no AMX: {NO_AMX}")
     ran = []
-    monkeypatch.setattr(sp, "_LEAST", 1)
+    monkeypatch.setattr(sp, "_LEAST", (1, 1))
     monkeypatch.setattr(native_layers, "_TERMS", 0)
     for op in (ops.matmul, ops.convolve):
         one = op._load("cpu")
