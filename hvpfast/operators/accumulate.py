@@ -241,7 +241,7 @@ def accumulate(
             run.tape.calls[number].let_go()
         if fisher_type == "forward-only":
             for one in rows:
-                one.add_diagonal(_forward_only(run, one.unit, problem.params), run.weight)
+                one.add_diagonal(_forward_only(run, one.unit, problem.params), run.total)  # a mean, as A is
         else:
             _pull(run, sums, rows)
     for one in sums:

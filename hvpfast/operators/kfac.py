@@ -163,7 +163,8 @@ class KFAC(BlockDiagonal):
             blocks.append(KroneckerBlock(one.unit.name, one.unit.names, one.layout, a, g))
         for one in rows:
             shapes = [self._params[name].shape for name in one.unit.names]
-            blocks.append(RowBlock(one.unit.name, one.unit.names, shapes, one.finish(weight)))
+            share = terms if self.fisher_type == "forward-only" else weight
+            blocks.append(RowBlock(one.unit.name, one.unit.names, shapes, one.finish(share)))
         place = {name: i for i, name in enumerate(self.space.names)}
         return sorted(blocks, key=lambda block: min(place[name] for name in block.names))
 

@@ -219,3 +219,14 @@ def test_data_made_in_inference_mode(kind):
         assert made[0].is_inference()
         for data in (made, [made], torch.utils.data.DataLoader(list(zip(*made, strict=True)), batch_size=N)):
             assert relative(kind(model, F.cross_entropy, data).to_dense(), truth) < TOLERANCE
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_forward_only_is_a_mean_over_batches(reduction):
+    """Of a norm layer the mean square of what it scales, as the input factors are means, whatever the loss's reduction."""
+    model, x, y = nn.Sequential(nn.LayerNorm(3), nn.Linear(3, 2)), torch.randn(5, 3), torch.randn(5, 2)
+    loss, batches = nn.MSELoss(reduction=reduction), [(x[:1], y[:1]), (x[1:3], y[1:3]), (x[3:], y[3:])]
+    made = hf.KFAC(model, loss, batches, fisher_type="forward-only").to_dense()
+    squares = F.layer_norm(x, (3,)).square().mean(0)
+    assert relative(made[:6, :6].diagonal(), torch.cat([squares, torch.ones(3)])) < TOLERANCE
+    assert relative(made, hf.KFAC(model, loss, (x, y), fisher_type="forward-only").to_dense()) < TOLERANCE
