@@ -290,9 +290,9 @@ def _beside(parts: Sequence[Tensor], apart: bool) -> Tensor:
     """(B, N, T, F) of each use, side by side along T: (B, N, uses T, F); `apart`, a row for every position, (B, N T, uses, F),
     or where the uses have different positions a row for each use of each."""
     if apart and len({x.shape[2] for x in parts}) == 1:
-        return torch.cat([x.reshape(x.shape[0], -1, 1, x.shape[3]) for x in parts], 2)
+        return torch.cat([x.flatten(1, 2).unsqueeze(2) for x in parts], 2)
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    return whole.reshape(whole.shape[0], -1, 1, whole.shape[3]) if apart else whole
+    return whole.flatten(1, 2).unsqueeze(2) if apart else whole
 
 
 def _add_moment(

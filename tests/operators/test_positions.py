@@ -230,3 +230,12 @@ def test_forward_only_is_a_mean_over_batches(reduction):
     squares = F.layer_norm(x, (3,)).square().mean(0)
     assert relative(made[:6, :6].diagonal(), torch.cat([squares, torch.ones(3)])) < TOLERANCE
     assert relative(made, hf.KFAC(model, loss, (x, y), fisher_type="forward-only").to_dense()) < TOLERANCE
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+def test_a_bias_on_its_own(approx):
+    """Its rows have no features but the one."""
+    model, x, y = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(N, T, 3), torch.randn(N, T, 2)
+    truth = dense_ggn(model, nn.MSELoss(), x, y)[12:16, 12:16]
+    options = {"params": ["0.bias"], "fisher_type": "type-2", "kfac_approx": approx}
+    assert relative(hf.EKFAC(model, nn.MSELoss(), (x, y), **options).trace(), truth.trace()) < TOLERANCE
