@@ -197,6 +197,14 @@ def test_the_memory_of_factors_is_measured():
     assert all("said beforehand" in line and line.endswith(" times") for line in lines)
 
 
+def test_what_statistics_are_off_by():
+    done = run("-m", "bench.precision", "--quick")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:4] for line in done.stdout.splitlines()[2:]]
+    assert [row[0].strip() for row in rows][-2:] == ["norms", "second moments"]
+    assert all(float(off) < 1e-2 for _, *both in rows for off in both)
+
+
 def test_the_training_example(tmp_path):
     for needed in ("sklearn", "matplotlib"):
         pytest.importorskip(needed)

@@ -2,9 +2,8 @@
 
 What reaches a Kronecker factor, a norm or a second moment is multiplied in that precision there anyway, and a backward pass is
 linear in what it starts from. A forward pass is not: where an activation has a kink, a pre-activation that is off by 4e-6 of its
-size takes the other side four times as often as float32's own rounding makes it (the gradients' factors of ResNet-18, 64 images,
-exact: 1.4e-3 from float64 in place of 3.6e-4, 2026-11-22). So the forward pass is float32's, but of statistics that are random
-draws themselves. Weights' gradients are formed only where something asks for them.
+size takes the other side several times as often as float32's own rounding makes it (`python -m bench.precision`). So the forward
+pass is float32's, but of statistics that are random draws themselves. Weights' gradients are formed only where something asks.
 """
 
 from __future__ import annotations
