@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hvpfast import ops
-from hvpfast.dispatch import BackendError, Op
-from hvpfast.untouchable import is_compiling
+from hvpfast.capture import stand_in
 
 _aten = torch.ops.aten
 _VALUES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -37,8 +36,6 @@ _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 _OWN_SLOPES = ("mish", "softplus")
 
 _HERE = (nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.LayerNorm, nn.RMSNorm)
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignore: None)
-_will_execute = getattr(torch._C, "_will_engine_execute_node", lambda node: True)
 
 
 def wanted(model: nn.Module) -> bool:
@@ -46,45 +43,6 @@ def wanted(model: nn.Module) -> bool:
     return any(isinstance(m, _HERE) or not type(m).__module__.startswith("torch.nn.") for m in model.modules()) or any(
         isinstance(m, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)) for m in model.modules()
     )
-
-
-def _fit(*tensors: Tensor | None) -> bool:
-    """Whether a graph is made, in full precision, and nobody watches what it keeps: checkpoints make it again, and compare."""
-    if is_compiling():
-        return False
-    there = [x for x in tensors if x is not None]
-    return (
-        all(isinstance(x, Tensor) and x.dtype is there[0].dtype for x in there)
-        and there[0].dtype in (torch.float32, torch.float64)
-        and torch.is_grad_enabled()
-        and any(x.requires_grad for x in there)
-        and not torch.is_autocast_enabled(there[0].device.type)
-        and _top_hooks(True) is None
-    )
-
-
-def _runs(op: Op, *args, **kwargs) -> bool:
-    """Whether a kernel would run."""
-    try:
-        return op.choose(*args, **kwargs).backend != "reference"
-    except BackendError:
-        return False
-
-
-def _wants(ctx, which: int) -> bool:
-    """Whether the backward pass that runs now needs the gradient of a tensor argument."""
-    node = ctx.next_functions[which][0] if ctx.needs_input_grad[which] else None
-    try:
-        return node is not None and _will_execute(node)
-    except RuntimeError:  # it cannot tell of a leaf
-        return True
-
-
-def _taken(op: Op, *args, **kwargs) -> tuple[Tensor, ...]:
-    try:
-        return op(*args, **kwargs)
-    except BackendError:  # another backend is forced, which has no kernel for it
-        return op.reference(*args, **kwargs)
 
 
 # Activations -----------------------------------------------------------------------------------------------------------
@@ -113,11 +71,11 @@ def softplus(input: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
 
 
 def _activates(x: Tensor) -> bool:
-    if not _fit(x):
+    if not stand_in.fit(x):
         return False
     with torch.no_grad():
         rows = x.detach()
-        return _runs(ops.activation_rop, rows, rows, rows, activation="gelu")
+        return stand_in.runs(ops.activation_rop, rows, rows, rows, activation="gelu")
 
 
 def _activated(name: str, x: Tensor) -> Tensor:
@@ -152,13 +110,13 @@ class _Slope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, c):
-        of = "".join(letter for which, letter in enumerate("gx") if _wants(ctx, which))
+        of = "".join(letter for which, letter in enumerate("gx") if stand_in.wants(ctx, which))
         if c is None or not of:
             return None, None, None
         g, x = ctx.saved_tensors
         if of == "g" and ctx.kind in _OWN_SLOPES and not torch.is_grad_enabled():
             return _SLOPES[ctx.kind](c, x), None, None
-        made = dict(zip(of, _taken(ops.activation_rop, x, g, c, activation=ctx.kind, of=of), strict=True))
+        made = dict(zip(of, stand_in.taken(ops.activation_rop, x, g, c, activation=ctx.kind, of=of), strict=True))
         return made.get("g"), made.get("x"), None
 
 
@@ -174,7 +132,7 @@ def layer_norm(
 ) -> Tensor:
     """`F.layer_norm`."""
     if _normalises(input, normalized_shape, weight, bias):
-        return _Norm.apply(input, _apart(weight), _apart(bias), tuple(normalized_shape), eps, True)
+        return _Norm.apply(input, stand_in.apart(weight), stand_in.apart(bias), tuple(normalized_shape), eps, True)
     return F.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
@@ -184,23 +142,18 @@ def rms_norm(
     """`F.rms_norm`."""
     if _normalises(input, normalized_shape, weight):
         least = torch.finfo(input.dtype).eps if eps is None else eps
-        return _Norm.apply(input, _apart(weight), None, tuple(normalized_shape), least, False)
+        return _Norm.apply(input, stand_in.apart(weight), None, tuple(normalized_shape), least, False)
     return F.rms_norm(input, normalized_shape, weight, eps)
 
 
 def _normalises(x: Tensor, shape: list[int], *parameters: Tensor | None) -> bool:
-    if not _fit(x, *parameters) or not x.numel() or tuple(x.shape[x.dim() - len(shape) :]) != tuple(shape):
+    if not stand_in.fit(x, *parameters) or not x.numel() or tuple(x.shape[x.dim() - len(shape) :]) != tuple(shape):
         return False
     if any(p is not None and p.shape != tuple(shape) for p in parameters):
         return False  # torch says what is wrong
     with torch.no_grad():
         rows = x.detach().reshape(-1, torch.Size(shape).numel())
-        return _runs(ops.norm_rop, rows, rows, rows[:, 0], c=rows, of="gx")
-
-
-def _apart(p: Tensor | None) -> Tensor | None:
-    """A view: of a leaf, the engine does not tell whether its gradient is wanted."""
-    return p.view_as(p) if p is not None and p.requires_grad and p.is_leaf else p
+        return stand_in.runs(ops.norm_rop, rows, rows, rows[:, 0], c=rows, of="gx")
 
 
 class _Norm(torch.autograd.Function):
@@ -273,7 +226,7 @@ class _NormSlope(torch.autograd.Function):
     def backward(ctx, c, c_weight, c_bias):
         g, x, weight, mean, rstd = ctx.saved_tensors
         letters = "gx" if weight is None else "gxw"
-        of = "".join(letter for which, letter in enumerate(letters) if _wants(ctx, which))
+        of = "".join(letter for which, letter in enumerate(letters) if stand_in.wants(ctx, which))
         given = {"c": c, "c_weight": c_weight, "c_bias": c_bias}
         if not of or all(y is None for y in given.values()):
             return (None,) * 9
@@ -285,7 +238,7 @@ class _NormSlope(torch.autograd.Function):
         }
         flat["mean"], flat["weight"] = (y if y is None else y.reshape(-1) for y in (mean, weight))
         rows = x.reshape(-1, size), g.reshape(-1, size), rstd.reshape(-1)
-        made = _taken(ops.norm_rop, *rows, of=of, **flat)
+        made = stand_in.taken(ops.norm_rop, *rows, of=of, **flat)
         found = dict(zip(of, made, strict=True))
         shapes = {"g": g, "x": x, "w": weight}
         return *(found[a].reshape(shapes[a].shape) if a in found else None for a in "gxw"), *(None,) * 6

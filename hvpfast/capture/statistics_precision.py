@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hvpfast import ops
-from hvpfast.capture.rows_twice import _apart, _fit, _runs, _taken, _wants
+from hvpfast.capture import stand_in
 from hvpfast.dispatch import precision_in_use
 
 _LEAST = 24, 48 * 48  # channels or features on either side, and numbers of a weight, from which on it may pay
@@ -55,15 +55,15 @@ def _linear(drawn: bool, input: Tensor, weight: Tensor, bias: Tensor | None = No
     """`F.linear`: x (..., I), w (O, I), b (O,) -> (..., O)."""
     if (
         _asked(drawn, input)
-        and _fit(input, weight, bias)
+        and stand_in.fit(input, weight, bias)
         and weight.dim() == 2
         and input.dim() > 1
         and input.shape[-1] == weight.shape[1]
     ):
         with torch.no_grad():
-            pays = input.is_cpu and _runs(ops.matmul, _rows(input.detach()), weight.detach().T)
+            pays = input.is_cpu and stand_in.runs(ops.matmul, _rows(input.detach()), weight.detach().T)
         if pays:
-            return _Linear.apply(input, _apart(weight), _apart(bias), drawn)
+            return _Linear.apply(input, stand_in.apart(weight), stand_in.apart(bias), drawn)
     return F.linear(input, weight, bias)
 
 
@@ -83,7 +83,7 @@ class _Linear(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not drawn:
             return F.linear(x, w, b)
-        flat = _taken(ops.matmul, _rows(x), w.T, **({} if b is None else {"bias": b}))
+        flat = stand_in.taken(ops.matmul, _rows(x), w.T, **({} if b is None else {"bias": b}))
         # Not a view, which an activation in place could not be applied to.
         return flat if x.dim() == 2 else torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], len(w)])
 
@@ -95,9 +95,9 @@ class _Linear(torch.autograd.Function):
         if torch.is_grad_enabled():  # it will be differentiated again
             return g @ w, _rows(g).T @ _rows(x), _rows(g).sum(0), None
         return (
-            _taken(ops.matmul, _rows(g), w).reshape(x.shape) if _wants(ctx, 0) else None,
-            _rows(g).T @ _rows(x) if _wants(ctx, 1) else None,
-            _rows(g).sum(0) if _wants(ctx, 2) else None,
+            stand_in.taken(ops.matmul, _rows(g), w).reshape(x.shape) if stand_in.wants(ctx, 0) else None,
+            _rows(g).T @ _rows(x) if stand_in.wants(ctx, 1) else None,
+            _rows(g).sum(0) if stand_in.wants(ctx, 2) else None,
             None,
         )
 
@@ -119,7 +119,7 @@ def _convolution(axes: int):
         if (
             groups == 1
             and _asked(drawn, input)
-            and _fit(input, weight, bias)
+            and stand_in.fit(input, weight, bias)
             and input.is_cpu
             and input.dim() == weight.dim() == axes + 2
         ):
@@ -128,11 +128,11 @@ def _convolution(axes: int):
                 how = {"stride": _each(stride, axes), "padding": sides, "dilation": _each(dilation, axes)}
                 with torch.no_grad():
                     try:
-                        pays = _runs(ops.convolve, input.detach(), weight.detach(), **how)
+                        pays = stand_in.runs(ops.convolve, input.detach(), weight.detach(), **how)
                     except (ValueError, TypeError):  # torch says what is wrong
                         pays = False
                 if pays:
-                    return _Convolution.apply(input, _apart(weight), _apart(bias), how, drawn)
+                    return _Convolution.apply(input, stand_in.apart(weight), stand_in.apart(bias), how, drawn)
         return plain(input, weight, bias, stride, padding, dilation, groups)
 
     return convolution
@@ -160,7 +160,7 @@ class _Convolution(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if not drawn:
             return (F.conv1d, F.conv2d)[x.dim() - 3](x, w, b, how["stride"], how["padding"], how["dilation"])
-        return _taken(ops.convolve, x, w, **how, **({} if b is None else {"bias": b}))
+        return stand_in.taken(ops.convolve, x, w, **how, **({} if b is None else {"bias": b}))
 
     @staticmethod
     def backward(ctx, g):
@@ -168,10 +168,10 @@ class _Convolution(torch.autograd.Function):
             return (None,) * 5
         x, w = ctx.saved_tensors
         again = torch.is_grad_enabled()  # it will be differentiated again
-        wanted = [ctx.needs_input_grad[i] if again else _wants(ctx, i) for i in range(3)]
+        wanted = [ctx.needs_input_grad[i] if again else stand_in.wants(ctx, i) for i in range(3)]
         of_x = None
         if wanted[0] and not again:
-            of_x, wanted[0] = _taken(ops.convolve, g, w, **ctx.how, size=tuple(x.shape[2:])), False
+            of_x, wanted[0] = stand_in.taken(ops.convolve, g, w, **ctx.how, size=tuple(x.shape[2:])), False
         rest = (None, None, None)
         if any(wanted):
             how, axes = ctx.how, x.dim() - 2

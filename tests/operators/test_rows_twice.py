@@ -12,7 +12,7 @@ from zoo import MODELS, make
 
 import hvpfast as hf
 from hvpfast import ops
-from hvpfast.capture import rows_twice
+from hvpfast.capture import rows_twice, stand_in
 from hvpfast.capture.state import twice_differentiable
 from hvpfast.operators.ggn import RowsPiece
 from hvpfast.operators.linearize import gradient, saved_bytes
@@ -75,7 +75,7 @@ def calls(monkeypatch):
 @pytest.fixture
 def taken(monkeypatch, calls):
     """The ops wherever there is nothing unusual: also in float64, and without a kernel."""
-    monkeypatch.setattr(rows_twice, "_runs", lambda *args, **kwargs: True)
+    monkeypatch.setattr(stand_in, "runs", lambda *args, **kwargs: True)
     return calls
 
 
@@ -255,7 +255,7 @@ def nodes(y):
 
 def test_left_to_torch(monkeypatch):
     """Everything that is not a float32 or float64 graph which nobody watches."""
-    monkeypatch.setattr(rows_twice, "_runs", lambda *args, **kwargs: True)
+    monkeypatch.setattr(stand_in, "runs", lambda *args, **kwargs: True)
     x = torch.randn(3, 4, requires_grad=True)
     model = nn.Sequential(nn.GELU(), nn.SiLU())
     with twice_differentiable(model):
@@ -326,11 +326,11 @@ def test_which_models_it_watches():
     assert not rows_twice.wanted(nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Conv1d(3, 3, 1), nn.Flatten()))
     assert rows_twice.wanted(nn.Sequential(nn.Linear(3, 3), nn.GELU()))
     assert rows_twice.wanted(Encoder(True)) and rows_twice.wanted(nn.TransformerEncoderLayer(4, 1))
-    assert not rows_twice._runs(ops.activation_rop, *[torch.randn(3).double()] * 3, activation="gelu")
+    assert not stand_in.runs(ops.activation_rop, *[torch.randn(3).double()] * 3, activation="gelu")
     with hf.backend("reference"):
-        assert not rows_twice._runs(ops.activation_rop, *[torch.randn(3)] * 3, activation="gelu")
+        assert not stand_in.runs(ops.activation_rop, *[torch.randn(3)] * 3, activation="gelu")
     with hf.backend("cuda"):  # where it has none
-        assert not rows_twice._runs(ops.activation_rop, *[torch.randn(3)] * 3, activation="gelu")
+        assert not stand_in.runs(ops.activation_rop, *[torch.randn(3)] * 3, activation="gelu")
 
 
 def test_changes_in_place_are_noticed(taken):
