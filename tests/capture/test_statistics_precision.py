@@ -13,7 +13,7 @@ from zoo import MODELS, classes_of, make
 
 import hvpfast as hf
 from hvpfast import ops
-from hvpfast.capture import stand_in
+from hvpfast.capture import samples, stand_in
 from hvpfast.capture import statistics_precision as sp
 from hvpfast.testing import error
 
@@ -123,7 +123,7 @@ def test_no_weight_s_gradient_is_formed(everywhere, monkeypatch):
     assert asked and all(wanted == (which == 0) for which, wanted in asked)
 
 
-def test_a_weight_without_a_rule_still_has_its_gradient(everywhere):
+def test_a_weight_without_a_rule_still_has_its_gradient(everywhere, monkeypatch):
     """Used by a module and by itself: autograd's, through the package's own node."""
 
     class Both(nn.Module):
@@ -134,6 +134,7 @@ def test_a_weight_without_a_rule_still_has_its_gradient(everywhere):
         def forward(self, x):
             return self.head(torch.tanh(self.inner(x)) + F.linear(x, self.inner.weight.square(), self.inner.bias))
 
+    monkeypatch.setattr(samples, "_warned", set())
     torch.manual_seed(0)
     model, x, y = Both(), torch.randn(6, 4), classes_of(6, 3)
     with pytest.warns(UserWarning, match="no layer rule covers"):
