@@ -122,9 +122,8 @@ class KroneckerSums:
         """The gradient of one column at one call's output."""
         self.reached = True
         normal = run.tape.calls[number].kronecker
-        approx = (
-            "expand" if run.separate else self.approx
-        )  # a column has every position's term: their sum is none of them
+        # Where a column has every position's term, their sum is the gradient of none of them.
+        approx = "expand" if run.separate else self.approx
         if self.approx == "reduce" and len(self.unit.calls) > 1:
             rows = kronecker.output_rows(normal, grad, approx)
             self._column = rows if self._column is None else self._column + rows

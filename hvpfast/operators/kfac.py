@@ -84,6 +84,9 @@ class KFAC(BlockDiagonal):
             input with their summed gradient.
         seed: of the draws: the same seed gives the same factors.
 
+    Of float32 models on a CPU with AMX the factors, and wide layers on the backward passes to them, multiply in bf16x3 (relative
+    error about 4e-6), those of "mc" and "curvature-propagation" on the forward pass too; `hvpfast.precision("ieee")`: nowhere.
+
     Products, scale and errors as for `GGN`. Further: `factors`, `inverse`, `power`, `sample`, `trace`, `logdet`,
     `diagonal`, `frobenius_norm`, `memory`, `state_dict`.
 

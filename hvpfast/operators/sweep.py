@@ -44,8 +44,8 @@ class Run:
         units: the diagonal blocks. tape: their calls. samples: N. weight: the batch's share of the total, before the
             division by it; total: the sum of the terms' shares of the mean's denominator. again: whether it is pulled once more,
             so that the layers' inputs must stay, and the graph; of a single column, the gradients in its place. apart: whether
-        every position of the output is a term whose gradient stays at that position in every layer; separate: whether
-        one column has all of them at once, so that sums over positions would mix terms.
+            every position of the output is a term whose gradient stays at that position in every layer; separate: whether one
+            column has all of them at once, so that sums over positions would mix terms.
     """
 
     again = False
