@@ -98,9 +98,9 @@ def precision(name: str) -> _Forced:
 
     Args:
         name: "auto": bf16x3 for float32 statistics (and layers on the backward passes to them) where it is measured faster,
-            else full float32. "ieee": full float32 everywhere. "bf16x3": every float32 split into two bf16 halves, three products, float32 sums
-            (relative error about 3e-6). "bf16": one bf16 product (about 1e-3). 16-bit inputs multiply exactly into
-            float32 sums under each; float64 is always float64. The reference is never less precise than "ieee".
+            else full float32. "ieee": full float32 everywhere. "bf16x3": every float32 split into two bf16 halves, three
+            products, float32 sums (relative error about 3e-6). "bf16": one bf16 product (about 1e-3). 16-bit inputs multiply
+            exactly into float32 sums under each; float64 is always float64. The reference is never less precise than "ieee".
             `HVPFAST_PRECISION` sets it for the whole process.
 
     Raises:
