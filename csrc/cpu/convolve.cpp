@@ -65,12 +65,13 @@ struct Planned : CorrelationPlan {
 
 bool correlate(const Correlation& by, int threads) {
     const Planned plan(by);
+    const Engine<float>& engine = *engine_amx(Precision::bf16x3, Dtype::f32);
     const int parts = int(least(threads, by.batch)), splits = int(least(threads / parts, plan.panels)), all = parts * splits;
     const int64_t whole = plan.panels * plan.panel_bytes, each = ceil_div(plan.images * plan.together * plan.group_bytes + 64, 4096) * 4096;
     char* const base = workspace(whole + each * all);
     std::vector<CorrelationSeen> seen(size_t(all), CorrelationSeen{});
     parallel(all, [&](int index, int count) {
-        correlate_begin();
+        engine.begin();
         for (int64_t group = 0; group < plan.groups; group += plan.packed) {
             const int64_t end = least(plan.groups, group + plan.packed);
             for (int64_t panel = index; panel < plan.panels; panel += count)
@@ -83,7 +84,7 @@ bool correlate(const Correlation& by, int threads) {
             }
             barrier(count);
         }
-        correlate_end();
+        engine.end();
     });
     CorrelationSeen largest;
     for (const CorrelationSeen& one : seen) {

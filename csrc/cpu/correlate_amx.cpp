@@ -238,18 +238,6 @@ private:
 
 }  // namespace
 
-void correlate_begin() {
-    alignas(64) struct {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } config;
-    __asm__ volatile("" ::"m"(config) : "memory");
-    _tile_loadconfig(&config);
-}
-
-void correlate_end() { _tile_release(); }
-
 // Weights of 32 features: [group][tap][16 features][hi, lo], a tile each.
 void pack_weights(const Plan& plan, int64_t panel, int64_t from_group, int64_t to_group, char* to, CorrelationSeen& largest) {
     Split seen{_mm512_setzero_si512(), _mm512_setzero_ps()};

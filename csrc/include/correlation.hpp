@@ -37,11 +37,9 @@ struct CorrelationSeen {
     uint32_t weights = 0, images = 0;
 };
 
-void correlate_begin();
-void correlate_end();
 // Those of a panel and of groups of channels [from_group, to_group).
 void pack_weights(const CorrelationPlan& plan, int64_t panel, int64_t from_group, int64_t to_group, char* to, CorrelationSeen& seen);
-// One thread's share of what these groups add: images [first, last), panels of features [from, to).
+// Within the AMX engine's `begin` and `end`, one thread's share of what these groups add: images [first, last), panels of features [from, to).
 void correlate_share(const CorrelationPlan& plan, int64_t first, int64_t last, int64_t from, int64_t to, int64_t from_group, int64_t to_group,
                      const char* weights, char* packed, CorrelationSeen& seen);
 
