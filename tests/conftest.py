@@ -1,6 +1,7 @@
 """Set before anything is imported: Triton kernels run in its interpreter where there is no GPU."""
 
 import os
+import warnings
 
 import interpreter
 import pytest
@@ -19,6 +20,18 @@ def clean_env(monkeypatch):
     for name in [name for name in os.environ if name.startswith(("HVPFAST_", "TRITON_"))]:
         monkeypatch.delenv(name)
     return dict(os.environ)
+
+
+@pytest.fixture
+def float64():
+    """Tensors are made in float64, from one seed; warnings (of layers without a rule) are no matter."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_default_dtype(before)
 
 
 def pytest_configure(config):

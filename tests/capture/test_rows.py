@@ -1,7 +1,5 @@
 """Layers whose rows are not the samples': looked up or computed once for the batch, or with time first; N = T among them."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,15 +16,7 @@ from hvpfast.capture.tape import recording
 TOKENS, WIDTH = 5, 4
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Positions(nn.Module):

@@ -1,7 +1,6 @@
 """Identities that hold for any model, with independent routes to both sides, float64 (numbers E of the specification)."""
 
 import itertools
-import warnings
 
 import pytest
 import scipy.sparse.linalg
@@ -13,16 +12,7 @@ from zoo import classes_of, make, unequal
 
 import hvpfast as hf
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def rearranged(block, rows, columns):

@@ -1,7 +1,6 @@
 """K-FAC and EKFAC where theory says that they are exact, against the dense matrices, float64."""
 
 import itertools
-import warnings
 
 import pytest
 import torch
@@ -16,15 +15,7 @@ TOLERANCE = 1e-10
 FISHER_TYPES = ("type-2", "mc", "empirical", "curvature-propagation")
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def blocks_of(model, truth):

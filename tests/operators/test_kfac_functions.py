@@ -18,15 +18,7 @@ TOLERANCE = 1e-9
 MODELS = ("mlp", "cnn, groups and dilation", "attention", "batchnorm in eval", "recurrent", "tied")
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def operator(kind, name, **options):

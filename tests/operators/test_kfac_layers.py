@@ -17,15 +17,7 @@ from hvpfast.capture.layers import rule_of
 TOLERANCE = 1e-10
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 # One sample (E3, E6, E13) ------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Outputs of other shapes than (N, C), K-FAC by its definition, whatever was asked before; in-place changes; float64."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,15 +12,7 @@ TOLERANCE = 1e-10
 N, T = 3, 4
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 class Folded(nn.Module):

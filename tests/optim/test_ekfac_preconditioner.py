@@ -1,7 +1,6 @@
 """EKFAC in training: against hf.EKFAC, its moments in closed form, and their way from one basis to the next."""
 
 import functools
-import warnings
 
 import pytest
 import torch
@@ -20,15 +19,7 @@ DAMPING = 0.03
 EKFACPreconditioner = functools.partial(hf.optim.EKFACPreconditioner, tolerance=0.0)  # exact: every direction
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])

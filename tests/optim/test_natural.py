@@ -1,7 +1,5 @@
 """Natural-gradient steps against the dense damped solve, and what the preconditioner does to their iterations."""
 
-import warnings
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,16 +8,7 @@ from zoo import LOSSES, make, unequal
 
 import hvpfast as hf
 
-
-@pytest.fixture(autouse=True)
-def _float64():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn, groups and dilation", "attention", "recurrent", "tied", "keywords"])
