@@ -1,28 +1,23 @@
-"""Compiles, without a GPU, every kernel as its launcher asks for it: `python -m bench.launched`, about half an hour on one core.
+"""What the launchers of the Triton ops ask the compiler for, found without a GPU by running them and recording their launches.
 
-The launchers of all Triton ops are run on the CPU over odd and large sizes, layouts, dtypes and precisions, their launches
-recorded instead of made, and what was asked for (dtypes, constants, warps and stages; integers as they first came) is compiled
-for every target. It must compile, fit in the shared memory of every GPU since sm_80, and spill no more than ahead.LITTLE bytes.
-The configurations that matter most have limits of their own, which CI holds: `python -m hvpfast.kernels.ahead`.
+Each op is run on the CPU over odd and large sizes, memory layouts, dtypes, precisions and options, and no kernel is launched. Of
+the launches that agree in dtypes, constants, warps and stages two are kept: the one of which the compiler knows the most
+(arguments that are divisible by 16, or 1), which is how real layers look, and the one of which it knows the least.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import importlib
-import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
+from unittest import mock
 
 import torch
-import triton
-from hvpfast.kernels import ahead, tiles
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from hvpfast.kernels import tables, tiles
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from hvpfast import dispatch, testing
 
@@ -34,14 +29,42 @@ SIZES = (
     (2, 2048, 16, 32, 1), (2, 3000, 48, 48, 1), (2, 40, 8200, 9, 1), (300, 1, 10, 10, 1), (40, 1, 4096, 8, 1),
     (8, 7, 600, 600, 1),
 )  # fmt: skip
+# Many classes: (N, T, I, O, K) of the softmax ops besides, a row of which is held, or split between few or many programs.
+CLASSES = tuple((n, 1, 1, o, k) for n, o, k in ((300, 1000, 2), (300, 3000, 1), (300, 8000, 1), (300, 50257, 1), (40, 50257, 1),
+    (20, 128256, 1), (8, 128256, 1), (3, 128256, 2), (1, 300000, 1), (1, 20000, 1), (1, 9000, 1)))  # fmt: skip
+PAIRS = 48, 64, 64, 64, 1  # of sample_gram: gradients whose products are multiplied whole
+FEW = SIZES[1], SIZES[7], SIZES[9], SIZES[17], *CLASSES[4:6], PAIRS  # those at which options, and float16, are tried
+# An op's own choice of sizes, and the largest extents where its launches do not depend on them.
+MORE = {name: CLASSES for name in ("softmax_hvp", "softmax_root", "softmax_sample")} | {"sample_gram": (PAIRS,)}
+MOST = {
+    "conv_gram": {"n": 16, "t": 40, "i": 300, "o": 3}, "sample_grads": {"n": 8}, "kron_apply": {"i": 300, "o": 300},
+    "kron_solve": {"i": 300, "o": 300}, "rotated_second_moment": {"n": 8, "i": 600, "o": 600},
+}  # fmt: skip
+# Keyword arguments in place of those of `testing.make_inputs`.
+OPTIONS: dict[str, tuple] = {
+    "gram": ({}, {"ones_column": True, "beta": 1.0}),
+    "conv_gram": (
+        {}, {"beta": 1.0, "ones_column": True}, {"stride": 2}, {"kernel_size": 1, "padding": 0}, {"kernel_size": 5, "padding": 2},
+        {"kfac_approx": "reduce"}, {"x": "1d"}, {"x": "3d"}, {"groups": "all"}, {"groups": "two"},
+    ),
+    "softmax_hvp": ({}, {"weight": None}), "softmax_sample": ({}, {"weight": None}),
+    "softmax_root": ({}, {"weight": None}, {"transpose": True}), "linear_rop": ({}, {"db": None}),
+    "activation_rop": tuple({"activation": name, "of": of} for name in ("gelu", "gelu_tanh", "silu", "mish", "softplus")
+                            for of in ("gx", "g", "x")),
+    "norm_rop": ({}, {"mean": None}, {"weight": None, "c_weight": None, "c_bias": None}, {"of": "g", "c_bias": None},
+                 {"of": "g", "mean": None, "c_bias": None}, {"of": "x"}, {"of": "gw", "c": None}),
+    "norm_sample_stats": ({}, {"kind": "rms"}, {"kind": None}, {"kind": None, "mean": (0, 2), "rstd": (0, 2)},
+                          {"kind": None, "mean": (0, 1), "rstd": (0, 1)}, {"kind": None, "rstd": (0, 2)}),
+    "sample_statistics": ({}, {"c": None}), "sample_gram": ({}, {"a2": "a", "g2": "g"}),
+}  # fmt: skip
+BY_GENERATION = ("gram",)  # ops whose tiles the tables of GPU generations do not agree on
 PRECISIONS = {torch.float32: ("auto", "ieee", "bf16x3", "bf16"), torch.bfloat16: ("auto",), torch.float16: ("auto",)}
-POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16",
-            torch.int64: "*i64", torch.int32: "*i32"}  # fmt: skip
+NAMES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64",
+         torch.int32: "i32"}  # fmt: skip
 
 
 class Launch(NamedTuple):
-    """What a launch asks of the compiler; names and kinds of the arguments that are no constants, and those known to be
-    divisible by 16."""
+    """What a launch asks of the compiler. types: of the arguments that are no constants; known: to be divisible by 16."""
 
     module: str
     kernel: str
@@ -50,6 +73,28 @@ class Launch(NamedTuple):
     known: tuple[str, ...]
     warps: int
     stages: int
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """The compute capabilities that it is for."""
+        return (90, 100) if self.parameters.get("TMA") else (80, 90, 100)
+
+    @property
+    def function(self) -> JITFunction:
+        return getattr(importlib.import_module(self.module), self.kernel)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The constants that the kernel declares as such, in capitals, not integers that happen to be 1."""
+        return {name: value for name, value in self.constants if name.isupper()}
+
+    @property
+    def name(self) -> str:
+        """Short, and the same for launches that differ in nothing but what the compiler knows of integers and addresses."""
+        dtypes = "-".join(kind[1:] for _, kind in self.types if kind.startswith("*"))
+        flags = [k if v is True else f"{k}={v}" for k, v in self.parameters.items() if v is not False]
+        module = self.module.rpartition(".")[2]
+        return f"{module}.{self.kernel.strip('_')} {dtypes} {','.join(flags)} {self.warps}w{self.stages}s"
 
 
 def read(function: JITFunction, args: tuple, given: dict) -> Launch:
@@ -61,12 +106,15 @@ def read(function: JITFunction, args: tuple, given: dict) -> Launch:
         whole = isinstance(value, int) and not isinstance(value, bool)
         if p.is_constexpr or (whole and value == 1):
             constants.append((p.name, value))
-        elif isinstance(value, torch.Tensor):
-            types.append((p.name, POINTERS[value.dtype]))
+            continue
+        if isinstance(value, torch.Tensor):
+            types.append((p.name, "*" + NAMES[value.dtype]))
+        elif isinstance(value, TensorDescriptor):
+            types.append((p.name, f"tensordesc<{NAMES[value.base.dtype]}{list(value.block_shape)}>"))
+            continue
         else:
             types.append((p.name, "fp32" if not whole else "i32" if -(1 << 31) <= value < 1 << 31 else "i64"))
-        place = value.data_ptr() if isinstance(value, torch.Tensor) else value if whole else 1
-        if types and types[-1][0] == p.name and place % 16 == 0:
+        if (value.data_ptr() if isinstance(value, torch.Tensor) else value if whole else 1) % 16 == 0:
             known.append(p.name)
     return Launch(
         function.fn.__module__, function.fn.__name__, tuple(types), tuple(constants), tuple(known),
@@ -74,77 +122,102 @@ def read(function: JITFunction, args: tuple, given: dict) -> Launch:
     )  # fmt: skip
 
 
-def launches(names: list[str], sizes: tuple = SIZES) -> Iterator[Launch]:
-    """One launch for each combination of kernel, dtypes, constants, warps and stages that the ops' launchers ask for."""
-    made, seen = [], set()
-    before = JITFunction.run, tiles.unfit
-    JITFunction.run = lambda self, *args, grid, warmup, **given: made.append(read(self, args, given))
-    tiles.unfit = lambda *given: None  # the tensors are on the CPU
-    try:
-        for name, size, (dtype, precisions), layout in (
-            (n, s, d, at) for n in names for s in sizes for d in PRECISIONS.items() for at in testing.LAYOUTS
+def _calls(name: str) -> Iterator[tuple[tuple, dict]]:
+    """Arguments of an op, `precision` among them."""
+    most = MOST.get(name, {})
+    for size, (dtype, precisions), layout in (
+        (s, d, at) for s in (*SIZES, *MORE.get(name, ())) for d in PRECISIONS.items() for at in testing.LAYOUTS
+    ):
+        extents = {key: min(value, most.get(key, value)) for key, value in zip("ntiok", size, strict=True)}
+        args, kwargs = testing.make_inputs(name, **extents, dtype=dtype, layout=layout)
+        kwargs.pop("out", None)
+        if dtype is torch.float16 and size not in FEW:  # its code is that of bfloat16 but for the instructions' names
+            continue
+        for option in OPTIONS.get(name, ({},)) if size in FEW else ({},):
+            asked = _applied(name, args, kwargs, option)
+            if asked is not None:
+                for precision in precisions:
+                    yield asked[0], asked[1] | {"precision": precision}
+
+
+def _applied(name: str, args: tuple, kwargs: dict, option: dict) -> tuple[tuple, dict] | None:
+    """The arguments with an option, or None where it does not go with them."""
+    kwargs = kwargs | option
+    if name == "conv_gram":
+        (x, kernel), groups = args, kwargs.get("groups", 1)
+        shape = kwargs.pop("x", "2d")
+        if shape != "2d":  # a transposed image cannot be viewed as one of another dimension
+            x = x[:, :, :, 0] if shape == "1d" else x.unsqueeze(2)
+        groups = {"all": x.shape[1], "two": 2}.get(groups, groups)
+        if x.shape[1] % groups:
+            return None
+        kwargs["groups"], args = groups, (x, kwargs.pop("kernel_size", kernel))
+    if name == "norm_sample_stats":  # given by the axes along which they are one number
+        for key in ("mean", "rstd"):
+            if (axes := kwargs.get(key)) is not None:
+                kwargs[key] = args[0].float().sum(axes, keepdim=True) if axes else args[0].float()
+    if name == "sample_statistics" and "c" in kwargs:
+        args = args[:2]
+        kwargs.pop("c")
+    if name == "sample_gram" and kwargs.get("a2") == "a":
+        args, kwargs = (*args, args[0].clone(), args[1].clone()), {}
+    if kwargs.get("beta"):
+        kwargs["out"] = dispatch.OPS[name].reference(*args, **{k: v for k, v in kwargs.items() if k != "beta"})
+    return args, kwargs
+
+
+@contextlib.contextmanager
+def _recording(made: list[Launch], capability: int) -> Iterator[None]:
+    """Puts every launch into `made`, on the CPU as on a GPU of this capability."""
+
+    def run(self, *args, grid, warmup, **given):
+        made.append(read(self, args, given))
+
+    def zeros(*shape, generator=None, dtype=None):
+        return torch.zeros(shape, dtype=dtype)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(tiles, "unfit", lambda *given: None))  # the tensors are on the CPU
+        stack.enter_context(mock.patch.object(torch, "randn", zeros))  # no launcher reads what they hold
+        stack.enter_context(mock.patch.object(tiles, "facts", lambda device: tiles.Facts(capability, 132)))
+        stack.enter_context(mock.patch.object(tables, "table", lambda device: tables.read(tables.path_for(capability))))
+        yield
+
+
+def launches(names: list[str]) -> dict[str, Launch]:
+    """Name -> launch, of all that the launchers of these ops ask for; those that know the least end in "(odd)"."""
+    ends: dict[str, tuple[Launch, Launch]] = {}
+    made: list[Launch] = []
+    for name, capability in ((op, c) for op in names for c in ((90, 80) if op in BY_GENERATION else (90,))):
+        module = importlib.import_module(f"hvpfast.kernels.{name}")
+        with _recording(made, capability):
+            for args, kwargs in _calls(name):
+                if module.supports(*args, **kwargs) is None:
+                    getattr(module, name)(*args, **kwargs)
+                for one in made:
+                    most, least = ends.get(one.name, (one, one))
+                    ends[one.name] = max(most, one, key=_known), min(least, one, key=_known)
+                made.clear()
+    found = {}
+    for name, (most, least) in ends.items():
+        found[name] = most
+        # The wide dtypes need the most registers: those that differ in nothing else are spared.
+        if _known(least) < _known(most) and (
+            "fp16" not in name if "PRECISION" in name else "fp32" in name.split()[1][:4]
         ):
-            module, extents = importlib.import_module(f"hvpfast.kernels.{name}"), dict(zip("ntiok", size, strict=True))
-            if name == "conv_gram":
-                extents |= {"n": min(extents["n"], 16), "t": min(extents["t"], 40), "i": min(extents["i"], 300)}
-            if name == "sample_grads":
-                extents["n"] = min(extents["n"], 8)
-            args, kwargs = testing.make_inputs(name, **extents, dtype=dtype, layout=layout)
-            for precision in precisions if module.supports(*args, **kwargs) is None else ():
-                getattr(module, name)(*args, **kwargs, precision=precision)
-            while made:
-                one = made.pop()
-                names_of = {p.name for p in getattr(sys.modules[one.module], one.kernel).params if p.is_constexpr}
-                key = one._replace(
-                    types=tuple(pair for pair in one.types if pair[1].startswith("*")),
-                    constants=tuple(pair for pair in one.constants if pair[0] in names_of), known=(),
-                )  # fmt: skip
-                if key not in seen:
-                    seen.add(key)
-                    yield one
-    finally:
-        JITFunction.run, tiles.unfit = before
+            found[f"{name} (odd)"] = least
+    return found
 
 
-def compiled(one: Launch, target: int) -> str | None:
-    """What is wrong with a launch on a target, or None."""
-    function = getattr(importlib.import_module(one.module), one.kernel)
-    constants, types = dict(one.constants), dict(one.types)
-    signature = {name: "constexpr" if name in constants else types[name] for name in function.arg_names}
-    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in one.known}
-    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": one.warps, "num_stages": one.stages, "enable_fp_fusion": True}
-    try:
-        made = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-    except Exception as error:  # of whatever kind: it is the answer
-        return f"sm_{target} {one}: {type(error).__name__}: {error}"
-    registers, stack, _ = ahead._resources(made.asm["cubin"])
-    if stack > ahead.LITTLE or made.metadata.shared > ahead.SHARED:
-        return (
-            f"sm_{target} {one}: {registers} registers, {stack} bytes of stack, {made.metadata.shared} of shared memory"
-        )
-    return None
+def _known(one: Launch) -> int:
+    return len(one.known) + len(one.constants)
 
 
-def main() -> int:
-    """Returns 1 if something does not compile or fit."""
-    parser = argparse.ArgumentParser(prog="python -m bench.launched", description=__doc__.splitlines()[0])
-    parser.add_argument("--op", action="append", help="only this op; may be repeated")
-    parser.add_argument("--target", action="append", type=int, help="only this one, like 90; may be repeated")
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="only so many of the sizes")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    arguments = parser.parse_args()
-    if triton.knobs.runtime.interpret:
-        raise SystemExit("bench.launched: TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
-    names = arguments.op or [op.name for op in dispatch.OPS.values() if "triton" in op.backends]
-    found = list(launches(names, SIZES[: arguments.sizes]))
-    jobs = [(one, target) for one in found for target in arguments.target or ahead.TARGETS]
-    print(f"{len(found)} configurations of {len(names)} ops, {len(jobs)} compilations", flush=True)
-    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
-        broken = [said for said in pool.map(compiled, *zip(*jobs, strict=True), chunksize=4) if said is not None]
-    print("\n".join([*broken, f"{len(broken)} of {len(jobs)} do not compile or do not fit"]))
-    return 1 if broken else 0
+def all_ops() -> list[str]:
+    return [op.name for op in dispatch.OPS.values() if "triton" in op.backends]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    found = launches(sys.argv[1:] or all_ops())
+    print("\n".join(found), f"{len(found)} configurations", sep="\n")

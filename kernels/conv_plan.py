@@ -191,14 +191,24 @@ def plan(
         order = sorted(range(len(items)), key=lambda item: items[item][2] - items[item][3])
         place = {item: at for at, item in enumerate(order)}
         items, slots = [items[item] for item in order], [place[slot] for slot in slots]
+    numbers = (
+        (items, torch.int64),
+        (slots, torch.int32),
+        (firsts, torch.int32),
+        (table, torch.int32),
+        (lanes, torch.int64),
+    )
+    items, *others = (_on_device(values, dtype, device) for values, dtype in numbers)
+    return Plan(items.reshape(-1, FIELDS), *others, parts, parts // rounds, tiles, single)
 
-    def on_device(values: list, dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype).to(device)
 
-    return Plan(
-        on_device(items, torch.int64).reshape(-1, FIELDS), on_device(slots, torch.int32), on_device(firsts, torch.int32),
-        on_device(table, torch.int32), on_device(lanes, torch.int64), parts, parts // rounds, tiles, single,
-    )  # fmt: skip
+def _on_device(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "conv_gram: a CUDA graph is being captured, and the tables of this shape are not on the GPU yet; call it once "
+            "with the same shapes before the capture"
+        )
+    return torch.tensor(values, dtype=dtype).to(device)
 
 
 @functools.lru_cache(256)
@@ -214,4 +224,4 @@ def reached(axes: tuple[Axis, Axis, Axis], strides: tuple[int, ...], device: tor
         counts = tuple(sum(run.count for run in each) for each in runs)
         start = sum(each[0].start * stride for each, stride in zip(runs, strides, strict=True))
         rows.append([start, 0, 0, math.prod(counts), *_extents(counts), 0, 0, 0, 0])
-    return torch.tensor(rows, dtype=torch.int64).to(device)
+    return _on_device(rows, torch.int64, device)

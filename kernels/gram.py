@@ -15,13 +15,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tables, tiles
-from .tiles import Tile, choose_splits, cross, triangle
+from .tiles import Tile, choose_splits, cross, dot, triangle
 
 # Tiles by product: the first row whose largest D and N hold the problem. "exact-odd" is for 16-bit rows that cannot be
-# loaded 16 bytes at a time. None needs more than 99 KB of shared memory or spills on sm_80, sm_90, sm_100 (ahead.py):
-# float32 data pass through registers on their way to the tensor cores, and 32 rows a step would spill.
+# loaded 16 bytes at a time. None needs more than 99 KB of shared memory or spills on sm_80, sm_90, sm_100 (bench/ahead.py):
+# float32 data pass through registers on their way to the tensor cores, and 32 rows a step would spill. The tables of sm_90 and
+# later have TMA copy most of these tiles, which saves registers (compiled for sm_90: 144 for 204 in bf16, 172 for 224 in bf16x3).
 # Not yet measured on a GPU.
 #   D up to, N up to, tile
 TILES: dict[str, tuple[tuple[float, float, Tile], ...]] = {
@@ -37,14 +39,24 @@ FEW_ROWS = 32  # below these the tensor cores have nothing to gain, and float32 
 
 
 @triton.jit
+def _copied(x_tiles, left, right, start, stop, SIDE: tl.constexpr, PRECISION: tl.constexpr, DEPTH: tl.constexpr):
+    """The sum over rows [start, stop) of columns from `left` on with columns from `right` on, copied by TMA: what lies outside x
+    is 0. Its coordinates are 32-bit, as the launcher's rows are."""
+    total = tl.zeros((SIDE, SIDE), tl.float32)
+    for row in range(start, stop, DEPTH):
+        total = dot(tl.trans(x_tiles.load([row, left])), x_tiles.load([row, right]), total, PRECISION)
+    return total
+
+
+@triton.jit
 def _gram_kernel(
-    x_ptr, part_ptr, rows, width, blocks, steps_per_split, stride_xn, stride_xd,
-    PRECISION: tl.constexpr, EVEN: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
+    x_ptr, x_tiles, part_ptr, rows, width, blocks, steps_per_split, stride_xn, stride_xd,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, SIDE: tl.constexpr, DEPTH: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Tile `program_id(0)` of the triangle (beyond it: a block of column sums) over split `program_id(1)` of the rows.
 
-    part_ptr: (splits, triangle, SIDE, SIDE), then (splits, blocks, SIDE). Offsets are 64-bit between tiles (N D may
-    exceed 2^31) and 32-bit within one (the launcher sees to it).
+    x_tiles: with TMA, a descriptor of x in tiles (DEPTH, SIDE). part_ptr: (splits, triangle, SIDE, SIDE), then (splits, blocks,
+    SIDE). Offsets are 64-bit between tiles (N D may exceed 2^31) and 32-bit within one (the launcher sees to it).
     """
     tile, split = tl.program_id(0), tl.program_id(1)
     in_triangle = blocks * (blocks + 1) // 2
@@ -56,12 +68,18 @@ def _gram_kernel(
     step = tl.cast(stride_xn, tl.int64)
     if tile < in_triangle:
         row, column = triangle(tile)
-        left = x_ptr + tl.cast(row * SIDE, tl.int64) * stride_xd
-        right = x_ptr + tl.cast(column * SIDE, tl.int64) * stride_xd
-        left_in, right_in = (row * SIDE + lane < width)[None, :], (column * SIDE + lane < width)[None, :]
-        product = cross(
-            left, right, at, at, step, step, left_in, right_in, length, SIDE, SIDE, PRECISION, EVEN, DEPTH, CHUNK
-        )
+        if TMA:
+            product, stop = tl.zeros((SIDE, SIDE), tl.float32), start + length
+            for chunk in range(start, stop, DEPTH * CHUNK):
+                end = min(chunk + DEPTH * CHUNK, stop)
+                product += _copied(x_tiles, row * SIDE, column * SIDE, chunk, end, SIDE, PRECISION, DEPTH)
+        else:
+            left = x_ptr + tl.cast(row * SIDE, tl.int64) * stride_xd
+            right = x_ptr + tl.cast(column * SIDE, tl.int64) * stride_xd
+            left_in, right_in = (row * SIDE + lane < width)[None, :], (column * SIDE + lane < width)[None, :]
+            product = cross(
+                left, right, at, at, step, step, left_in, right_in, length, SIDE, SIDE, PRECISION, EVEN, DEPTH, CHUNK
+            )
         part_ptr += (tl.cast(split, tl.int64) * in_triangle + tile) * (SIDE * SIDE)
         tl.store(part_ptr + lane[:, None] * SIDE + lane[None, :], product)
     else:
@@ -130,7 +148,14 @@ def choose_tile(x: Tensor, product: str) -> Tile:
     by_rows = x.stride(1) == 1 and x.stride(0) % 16 == 0
     by_columns = x.stride(0) == 1 and x.stride(1) % 16 == 0 and rows % 16 == 0
     vectors = x.data_ptr() % 16 == 0 and width % 16 == 0 and (by_rows or by_columns)
-    key = "exact-odd" if product == "exact" and not vectors else product
+    tile = _tile_of(x, product)
+    if product == "exact" and not vectors and not (tile.tma and copyable(x)):
+        return _tile_of(x, "exact-odd")
+    return tile
+
+
+def _tile_of(x: Tensor, key: str) -> Tile:
+    rows, width = x.shape
     fitting = (
         n for n, (most_width, most_rows, _) in enumerate(TILES[key]) if width <= most_width and rows <= most_rows
     )
@@ -191,6 +216,13 @@ def gram(
     return out
 
 
+def copyable(x: Tensor) -> bool:
+    """Whether TMA can copy tiles of x (N, D): rows side by side, and addresses that are multiples of 16 bytes."""
+    bytes_each = x.element_size()
+    fits = x.data_ptr() % 16 == 0 and x.stride(1) == 1 and x.stride(0) * bytes_each % 16 == 0
+    return fits and x.numel() > 0 and x.stride(0) >= x.shape[1] and tiles.facts(x.device).capability >= 90
+
+
 def launch(
     x: Tensor, out: Tensor, alpha: float, beta: float, ones_column: bool, product: str, tile: Tile, splits: int
 ) -> None:
@@ -202,9 +234,11 @@ def launch(
     if tile.depth * x.stride(0) + tile.side * x.stride(1) >= 1 << 31:
         x = x.contiguous()  # the kernel's offsets within a tile are 32-bit
     part = x.new_empty(splits * (in_triangle * tile.side**2 + sums * tile.side), dtype=torch.float32)
+    tma = tile.tma and tile.chunk > 0 and copyable(x)
+    x_tiles = TensorDescriptor.from_tensor(x, [tile.depth, tile.side]) if tma else x
     _gram_kernel[in_triangle + sums, splits](
-        x, part, rows, width, blocks, steps_per_split, *x.stride(),
-        PRECISION=product, EVEN=width % tile.side == 0 and rows % tile.depth == 0 and width > 0,
+        x, x_tiles, part, rows, width, blocks, steps_per_split, *x.stride(),
+        PRECISION=product, EVEN=not tma and width % tile.side == 0 and rows % tile.depth == 0 and width > 0, TMA=tma,
         SIDE=tile.side, DEPTH=tile.depth, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

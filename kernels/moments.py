@@ -188,7 +188,7 @@ def by_samples(
         *((0, 0, 0) if squares is None else squares_to.stride()),
         *((0, 0, 0, 0) if weighted is None else weighted_to.stride()),
         SQUARES=squares is not None, WEIGHTED=weighted is not None, NORMS=norms, PRECISION=product,
-        EVEN=o % side_o == 0 and i % side_i == 0 and t % tile.depth == 0, SIDE_O=side_o, SIDE_I=side_i,
+        EVEN=o % side_o == i % side_i == t % tile.depth == 0 and tiles.vectors(a, g), SIDE_O=side_o, SIDE_I=side_i,
         DEPTH=tile.depth, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip

@@ -20,6 +20,8 @@ from . import tiles
 ELEMENTS = 2048  # of a tile, unless the features are more
 FEATURES = 128  # of a tile that need not hold all
 WHOLE = 8192  # features up to which a program holds whole positions: of 16384, all dtypes spill
+FEW_POSITIONS = 16  # up to which a tile has no more
+MOST_POSITIONS = 64  # of 128 features-last ones in float32, LLVM crashes for sm_90 (Triton 3.9)
 MOST_STEPS = 256  # tiles along T that one float32 sum takes
 
 KINDS = {None: 0, "layer": 1, "rms": 2}
@@ -145,7 +147,9 @@ def launch(
     whole = kind is not None
     by_position = g.stride(1) == 1 and g.stride(2) != 1 and not whole  # channels first: positions are side by side
     features = tiles.side(i, WHOLE if whole else ELEMENTS // FEATURES if by_position else FEATURES)
-    positions = max(1, min(ELEMENTS // features, triton.next_power_of_2(t)))
+    positions = max(1, min(ELEMENTS // features, ELEMENTS if by_position else MOST_POSITIONS))
+    if t <= FEW_POSITIONS:  # a tile of fewer, but of few kinds: each is compiled when it is first met
+        positions = min(positions, 1 if t == 1 else FEW_POSITIONS)
     tiles_i, steps = triton.cdiv(i, features), triton.cdiv(t, positions)
     wanted = 2 * tiles.facts(g.device).processors
     if splits is None:

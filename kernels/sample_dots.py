@@ -87,9 +87,10 @@ def launch(a: Tensor, g: Tensor, w: Tensor, product: str, tile: Tile) -> Tensor:
     tiles_o = triton.cdiv(o, side)
     tiles_all = triton.cdiv(rows, side) * tiles_o
     part = g.new_empty(tiles_o, len(g), len(w), dtype=torch.float32)
+    even = rows % side == o % side == i % tile.depth == 0 and tiles.vectors(a[None], g[None], w)
     _dots_kernel[(tiles_all * len(w),)](
         a, g, w, part, rows, len(g) // rows, tiles_o, tiles_all, i, o, len(w), *a.stride(), *g.stride(), *w.stride(),
-        PRECISION=product, EVEN=rows % side == 0 and o % side == 0 and i % tile.depth == 0, SIDE=side, DEPTH=tile.depth,
+        PRECISION=product, EVEN=even, SIDE=side, DEPTH=tile.depth,
         CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return part

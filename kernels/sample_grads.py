@@ -116,6 +116,7 @@ def launch(a: Tensor, g: Tensor, out: Tensor, product: str, tile: Tile) -> None:
     g = tiles.within_32_bits(g, (2, side_o), (1, tile.depth))
     _grads_kernel[(m * tiles_o * tiles_i,)](
         a, g, out, n, tiles_o, tiles_i, t, i, o, *a.stride(), *g.stride(), *out.stride(),
-        PRECISION=product, EVEN=o % side_o == 0 and i % side_i == 0 and t % tile.depth == 0, SIDE_O=side_o, SIDE_I=side_i,
-        DEPTH=tile.depth, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        PRECISION=product, EVEN=o % side_o == i % side_i == t % tile.depth == 0 and tiles.vectors(a, g),
+        SIDE_O=side_o, SIDE_I=side_i, DEPTH=tile.depth, CHUNK=tile.chunk,
+        num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

@@ -135,10 +135,8 @@ def launch_pairs(
     a, g, a2, g2 = (tiles.within_32_bits(x, (0, len(x)), (1, x.shape[1]), (2, tile.depth)) for x in (a, g, a2, g2))
     positions, positions_2 = triton.next_power_of_2(t), triton.next_power_of_2(t2)
     tiles_1, tiles_2 = triton.cdiv(m * positions, side), triton.cdiv(m2 * positions_2, side)
-    whole = m * t % side == m2 * t2 % side == i % tile.depth == o % tile.depth == 0 and (t, t2) == (
-        positions,
-        positions_2,
-    )
+    whole = m * t % side == m2 * t2 % side == i % tile.depth == o % tile.depth == 0
+    whole = whole and (t, t2) == (positions, positions_2) and tiles.vectors(a, g, a2, g2)
     _pairs_kernel[(tiles_1 * (tiles_1 + 1) // 2 if symmetric else tiles_1 * tiles_2,)](
         a, g, a2, g2, out, m, len(a), t, m2, len(a2), t2, tiles_2, i, o,
         *a.stride(), *g.stride(), *a2.stride(), *g2.stride(), *out.stride(),

@@ -21,7 +21,7 @@ from .tiles import Tile, cross, triangle
 # Tiles by route and product; `side` is the most that a tile spans: smaller axes take the next power of two, at least 16.
 # The Gram route keeps three tiles in registers (a a', g g' and the tensor cores' own). In it lo lo is taken along: without it
 # each square on its diagonal is 2e-6 too small, in both factors and in every sample alike. Not yet measured on a GPU.
-# "-odd" is for data that cannot be loaded 16 bytes at a time, where the plain tile would spill (ahead.py).
+# "-odd" is for data that cannot be loaded 16 bytes at a time, where the plain tile would spill (bench/ahead.py).
 TILES: dict[tuple[str, str], Tile] = {
     ("gram", "exact"): Tile(64, 64, 4, 3, 16),
     ("gram", "exact-odd"): Tile(64, 32, 8, 3, 32),
@@ -175,7 +175,7 @@ def launch_gram(a: Tensor, g: Tensor, product: str, tile: Tile) -> Tensor:
     part = g.new_empty(len(g), in_triangle, dtype=torch.float32)
     _gram_kernel[n * in_triangle, triton.cdiv(k, k_each)](
         a, g, part, n, k, k_each, in_triangle, t, i, o, *a.stride(), *g.stride(),
-        PRECISION=product, EVEN=t % side == 0 and i % tile.depth == 0 and o % tile.depth == 0,
+        PRECISION=product, EVEN=t % side == i % tile.depth == o % tile.depth == 0 and tiles.vectors(a, g),
         SIDE=side, DEPTH=tile.depth, CHUNK=tile.chunk, num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
@@ -193,7 +193,7 @@ def launch_direct(a: Tensor, g: Tensor, product: str, tile: Tile) -> Tensor:
     part = g.new_empty(len(g), tiles_o * tiles_i, dtype=torch.float32)
     _direct_kernel[(len(g) * tiles_o * tiles_i,)](
         a, g, part, n, tiles_o, tiles_i, t, i, o, *a.stride(), *g.stride(),
-        PRECISION=product, EVEN=o % side_o == 0 and i % side_i == 0 and t % tile.depth == 0,
+        PRECISION=product, EVEN=o % side_o == i % side_i == t % tile.depth == 0 and tiles.vectors(a, g),
         SIDE_O=side_o, SIDE_I=side_i, DEPTH=tile.depth, CHUNK=tile.chunk, num_warps=tile.warps,
         num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip

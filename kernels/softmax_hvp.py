@@ -82,7 +82,7 @@ def _wide_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A range of one row's classes, one vector. FIND: its maximum, sum and dot, into part (R, K, splits, 3) unless WRITE
-    follows in the same launch; WRITE: the result. SPLITS: `splits` rounded up to a power of two."""
+    follows in the same launch; WRITE: the result. SPLITS: a power of two, at least `splits`."""
     program = tl.program_id(0)
     k, split = tl.cast(program % k_all, tl.int64), (program // k_all) % splits
     row = tl.cast(program // (k_all * splits), tl.int64)
@@ -198,6 +198,6 @@ def launch(
     for find, write in ((True, True),) if splits == 1 else ((True, False), (False, True)):
         _wide_kernel[(rows * splits * columns,)](
             x, v, weight, part, out, classes, columns, splits, triton.cdiv(steps, splits), *strides,
-            KIND=kind, WEIGHTED=weighted, FIND=find, WRITE=write, SPLITS=triton.next_power_of_2(splits), BLOCK=BLOCK,
+            KIND=kind, WEIGHTED=weighted, FIND=find, WRITE=write, SPLITS=1 if splits == 1 else MOST_SPLITS, BLOCK=BLOCK,
             num_warps=WARPS, enable_fp_fusion=True,
         )  # fmt: skip

@@ -64,10 +64,11 @@ def read(path: Path) -> Table:
             and tile.warps <= 16
             and 1 <= tile.stages <= 8
             and tile.chunk >= 0
+            and isinstance(tile.tma, bool)
         ):
             raise ValueError(
-                f"hvpfast: the table {path} has {list(tile)} for {name!r}; it must be side and depth (powers of two from 16 on), "
-                f"warps (1 to 16), stages (1 to 8), chunk (0 or more)"
+                f"hvpfast: the table {path} has {list(tile.listed)} for {name!r}; it must be side and depth (powers of two "
+                f"from 16 on), warps (1 to 16), stages (1 to 8), chunk (0 or more) and true where TMA copies it"
             )
     return Table(str(path), measured, tiles, crossovers)
 

@@ -160,6 +160,12 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     chunk: int  # steps that the tensor cores add by themselves
+    tma: bool = False  # whether the tensor memory accelerator (sm_90 on) copies the tiles, where it can
+
+    @property
+    def listed(self) -> tuple[int, ...]:
+        """As a table has it."""
+        return tuple(self) if self.tma else tuple(self[:-1])
 
 
 class Facts(NamedTuple):
@@ -249,7 +255,8 @@ def within_32_bits(x: Tensor, *reach: tuple[int, int]) -> Tensor:
 
 
 def vectors(*pair: Tensor) -> bool:
-    """Whether rows of each x (N, T, F) can be loaded 16 bytes at a time, and the compiler will know it."""
+    """Whether rows of each x (N, T, F) can be loaded 16 bytes at a time, and the compiler will know it. Tiles that are whole are
+    loaded without masks where they can: of other data such loads would spill."""
     return all(
         x.data_ptr() % 16 == 0 and x.shape[2] % 16 == 0 and x.stride(2) == 1 and (x.stride(0) | x.stride(1)) % 16 == 0
         for x in pair

@@ -22,15 +22,17 @@ class Case(NamedTuple):
     name: str
     tile: Tile
     run: Callable[[Tile], Tensor]
+    tma: bool = False  # whether TMA can copy its tiles
 
 
-def candidates(tile: Tile) -> list[Tile]:
+def candidates(case: Case) -> list[Tile]:
     """What is tried for an entry, the tile that holds now first; `side` stays, since launchers choose rows by it."""
+    tile = case.tile
     depths = [depth for depth in (tile.depth, tile.depth // 2, tile.depth * 2) if depth >= 16]
     found = [tile]
-    for depth, warps, stages in itertools.product(depths, (4, 8), (2, 3, 4)):
+    for tma, depth, warps, stages in itertools.product((False, True)[: 1 + case.tma], depths, (4, 8), (2, 3, 4)):
         chunk = tile.chunk * tile.depth // depth  # the same count of k a chunk
-        other = Tile(tile.side, depth, warps, stages, chunk)
+        other = Tile(tile.side, depth, warps, stages, chunk, tma)
         if other not in found:
             found.append(other)
     return found
@@ -54,7 +56,8 @@ def cases(device: torch.device, scale: int = 1) -> Iterator[Case]:
         for n, (most, _, tile) in enumerate(rows):
             x = draw(named(key), size(8192), size(min(most, 2048), key))
 
-            yield Case(f"gram {key} {n}", tile, lambda tile, x=x, key=key: _gram(x, named(key), tile))
+            run = lambda tile, x=x, key=key: _gram(x, named(key), tile)  # noqa: E731
+            yield Case(f"gram {key} {n}", tile, run, gram.copyable(x))
     for key, tile in products.TILES.items():
         x = draw(named(key), size(8192), size(1024, key))
         yield Case(f"product {key}", tile, lambda tile, x=x, key=key: products.product(x, x, named(key), tile=tile))

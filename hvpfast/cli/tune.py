@@ -79,20 +79,20 @@ def search(
             print("the time is over; what is left keeps its tiles")
             break
         expected, times = case.run(case.tile), {}
-        for tile in candidates(case.tile):
+        for tile in candidates(case):
             try:
                 if max(error(case.run(tile), expected)) > AGREE:
                     continue
                 times[tile] = clock(lambda case=case, tile=tile: case.run(tile))
             except Exception as failure:  # Triton raises several kinds, none of which should end the search
-                print(f"{case.name}: {tuple(tile)} left out: {type(failure).__name__}")
+                print(f"{case.name}: {tile.listed} left out: {type(failure).__name__}")
         if not times:
             continue
         best = min(times, key=times.get)
         if best != case.tile:
             chosen[case.name] = best
         own = times.get(case.tile, math.nan)
-        print(f"{case.name:<32}{tuple(best)!s:<26}{times[best]:9.4f} ms, its own {own:9.4f} ms", flush=True)
+        print(f"{case.name:<32}{best.listed!s:<26}{times[best]:9.4f} ms, its own {own:9.4f} ms", flush=True)
     return chosen
 
 
@@ -106,7 +106,7 @@ def write(path: Path, before, chosen: dict[str, tuple], least: dict[str, float],
             "crossovers": today if least.keys() >= before.crossovers.keys() else before.measured["crossovers"],
         },
         "crossovers": {**before.crossovers, **least},
-        "tiles": {name: list(tile) for name, tile in sorted({**before.tiles, **chosen}.items())},
+        "tiles": {name: list(tile.listed) for name, tile in sorted({**before.tiles, **chosen}.items())},
     }
     path.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -1,7 +1,6 @@
-"""Kernels compiled ahead of time for GPUs that are not here. All of them: `python -m hvpfast.kernels.ahead` (CI runs it)."""
+"""Kernels compiled ahead of time for GPUs that are not here. All of them: `python -m bench.ahead` (CI runs it)."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,72 +8,103 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-from hvpfast.kernels import ahead  # noqa: E402
+from hvpfast.kernels import tables, tuning  # noqa: E402
 
-WGMMA = "gram (fp32 bf16x3|bf16 exact)-128.*even sm_90$"
+ROOT = Path(__file__).parents[2]
+KEY = "gram.gram_kernel bf16-fp32 PRECISION=exact,TMA,SIDE=128,DEPTH=64,CHUNK=16 8w3s"
 
 
-def test_main_kernels_use_wgmma_and_do_not_spill(clean_env):
-    command = [sys.executable, "-m", "hvpfast.kernels.ahead", "--only", WGMMA]
-    done = subprocess.run(command, capture_output=True, text=True, env=clean_env, timeout=300)
+@pytest.fixture
+def bench(monkeypatch):
+    """bench.ahead and bench.launched, which are not part of the package."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import ahead, launched
+
+    return ahead, launched
+
+
+@pytest.fixture
+def run(clean_env):
+    def started(*arguments, **changes):
+        command = [sys.executable, "-m", "bench.ahead", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=clean_env | changes, cwd=ROOT, timeout=300)
+
+    return started
+
+
+def test_main_kernels_use_wgmma_and_tma_and_do_not_spill(run):
+    done = run("--op", "gram", "--only", "bf16x3,TMA,SIDE=128|bf16-fp32.*TMA,SIDE=128", "--target", "90")
     assert done.returncode == 0, done.stdout + done.stderr
-    lines = [line.split() for line in done.stdout.splitlines() if line.startswith("gram ")]
-    column = dict(zip(ahead.Row._fields, zip(*lines, strict=True), strict=True))
-    assert len(lines) == 2
-    assert all(int(n) > 0 for n in column["wgmma"]) and set(column["spills"]) == {"0"}
+    start = next(n for n, line in enumerate(done.stdout.splitlines()) if line.startswith("target"))
+    head, *lines = [line.split(maxsplit=8) for line in done.stdout.splitlines()[start:-2]]
+    assert len(lines) == 4 and head[-1] == "name"
+    for line in lines:
+        row = dict(zip(head, line, strict=True))
+        assert int(row["wgmma"]) > 0 and int(row["tma"]) > 0 and int(row["stack"]) == 0
 
 
-def test_it_says_that_the_interpreter_cannot_compile(clean_env):
-    environment = {**clean_env, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-m", "hvpfast.kernels.ahead"], capture_output=True, text=True, env=environment
-    )
+def test_what_it_says_of_what_it_cannot_do(run):
+    done = run(TRITON_INTERPRET="1")
     assert done.returncode != 0 and "TRITON_INTERPRET is set" in done.stderr
-
-
-def test_every_compilation_has_limits():
-    limits = json.loads(ahead.LIMITS.read_text())
-    assert set(limits) == {case.key(target) for case in ahead.cases() for target in ahead.TARGETS}
+    done = run("--op", "bias_sample_stats", "--only", "no such kernel")
+    assert done.returncode != 0 and "nothing matches 'no such kernel'; names look like" in done.stderr
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
         ({}, None),
-        ({"spills": 3, "stack": 16}, "it spills"),
-        ({"wgmma": 0}, "lost its tensor-core instructions"),
+        ({"stack": 16}, "16 stack, the limit is 0"),
+        ({"stack": 56}, "it spills"),
+        ({"wgmma": 0}, "it has no wgmma"),
+        ({"wgmma": 2}, "2 wgmma, the limit is 4"),
+        ({"tma": 0}, "it has no TMA copies"),
         ({"registers": 250}, "250 registers, the limit is"),
         ({"shared": 200_000}, "RTX-class GPUs have"),
     ],
 )
-def test_what_breaks_a_row(change, said):
-    key = next(case.key(90) for case in ahead.cases() if re.search(WGMMA, case.key(90)))
-    limit = {"registers": 224, "shared": 98304, "tensor": 3}
-    row = ahead.Row(*key.split(), 200, 0, 0, 65536, 4, 0, 0, 0, 12)._replace(**change)
-    broken = ahead.check([row], {key: limit})
-    assert (not broken) if said is None else any(said in one for one in broken)
-    assert ahead.check([row], {}) and ahead.check([], {"gone fp32 x sm_90": limit})
-    assert not any("limit is" in one for one in ahead.check([row], ahead.widened({}, [row])))
+def test_what_breaks_a_row(bench, change, said):
+    ahead, launched = bench
+    constants = {"PRECISION": "exact", "EVEN": False, "TMA": True, "SIDE": 128, "DEPTH": 64, "CHUNK": 16}
+    types = (("x_tiles", "tensordesc<bf16[64, 128]>"), ("x_ptr", "*bf16"), ("part_ptr", "*fp32"))
+    one = launched.Launch("hvpfast.kernels.gram", "_gram_kernel", types, tuple(constants.items()), (), 8, 3)
+    assert one.targets == (90, 100) and one.name == KEY
+    row = ahead.Row(KEY, 90, 144, 98360, 0, 0, 4, 0, 6)
+    limits = ahead.widened({}, [row])
+    assert limits == {KEY: {"90": [144, 98360, 0, 0, 4, 0, 6]}}
+    changed = row._replace(**change)
+    broken = ahead.check([changed], limits, {KEY: one})
+    assert (not broken) if said is None else any(said in each for each in broken)
+    assert "no limits" in ahead.check([row], {}, {KEY: one})[0]
+    assert ahead.gone(limits, {}) and not ahead.gone(limits, {KEY: one})
+    assert not any("limit is" in each for each in ahead.check([changed], ahead.widened(limits, [changed]), {KEY: one}))
 
 
-def test_what_launchers_ask_for_compiles(clean_env):
-    """`python -m bench.launched` of one op and target; all of them take half an hour."""
-    command = [
-        sys.executable,
-        "-m",
-        "bench.launched",
-        "--op",
-        "weighted_grad",
-        "--op",
-        "softmax_root",
-        "--target",
-        "90",
-    ]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        [*command, "--sizes", "3", "--jobs", "1"], capture_output=True, text=True, env=clean_env, cwd=root
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    configurations, compilations = re.match(r"(\d+) configurations of 2 ops, (\d+) comp", done.stdout).groups()
-    assert configurations == compilations and int(compilations) > 10
-    assert f"0 of {compilations} do not" in done.stdout
+def test_what_does_not_compile_is_said(bench):
+    ahead, launched = bench
+    wrong = launched.Launch("hvpfast.kernels.gram", "_add_kernel", (), (("SIDE", 64),), (), 4, 3)
+    assert "wrong sm_90: it does not compile: KeyError" in ahead._job("wrong", wrong, 90)
+
+
+def test_every_tile_of_every_table_is_compiled():
+    """Limits are held for each entry of the packages' tables, in 16 bits and in float32 as the entry says."""
+    named = list(json.loads((ROOT / "bench" / "ahead.json").read_text()))
+    norms, moments = "sample_norms_squared", "moments"
+    modules = {"product": "products", "conv_boxes": "conv_gram", "conv_patches": "conv_gram", "norms_gram": norms,
+               "norms_direct": norms, "moments_samples": moments, "moments_rows": moments}  # fmt: skip
+    for capability in (80, 90, 100):
+        for entry, tile in tables.read(tables.path_for(capability)).tiles.items():
+            kernel, key, *_ = entry.split()
+            product = key.partition("-")[0]
+            parts = (f"PRECISION={product},", f"={tile.side},", f"DEPTH={tile.depth},", f" {tile.warps}w{tile.stages}s")
+            of_kernel = [name for name in named if name.startswith(f"{modules.get(kernel, kernel)}.")]
+            assert any(all(part in name for part in parts) and tile.tma == ("TMA" in name) for name in of_kernel), entry
+
+
+def test_tables_differ_in_what_the_recorder_takes_apart(bench):
+    _, launched = bench
+    first, *others = (tables.read(tables.path_for(capability)).tiles for capability in (90, 80, 100))
+    for other in others:
+        differ = {entry.split()[0] for entry in first if first[entry] != other[entry]}
+        assert differ <= set(launched.BY_GENERATION)
+    assert first.keys() == {case.name for case in tuning.cases(tuning.torch.device("cpu"), scale=512)}

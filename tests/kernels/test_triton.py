@@ -55,6 +55,28 @@ def test_gram_splits_and_blends_on_every_tile(product, dtype, splits):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("key, dtype", [("exact", torch.bfloat16), ("exact", torch.float16), ("bf16x3", torch.float32),
+                                        ("bf16", torch.float32), ("ieee", torch.float32)])  # fmt: skip
+@pytest.mark.parametrize("rows, width, splits", [(1, 8, 1), (64, 64, 1), (70, 72, 3), (130, 264, 2)])
+def test_gram_copied_by_tma_is_gram_loaded_by_threads(rows, width, splits, key, dtype):
+    """Zeros outside x, whatever lies there: the same products in the same order."""
+    wide = torch.full((rows + 3, width + 16), math.nan, dtype=dtype, device=DEVICE)
+    x = wide[:rows, 8 : 8 + width].copy_(tensor(rows, width, dtype=dtype))
+    assert gram.copyable(x) and not gram.copyable(wide[:rows, 1 : 1 + width]) and not gram.copyable(x.T)
+    assert not gram.copyable(x[:1].expand(rows, width)) or rows == 1
+    for tile in {tile for _, _, tile in gram.TILES[key]}:
+        first, second = poisoned(width + 1, width + 1), poisoned(width + 1, width + 1)
+        for out, tma in ((first, True), (second, False)):
+            gram.launch(x, out, 0.5, 0.0, True, key, tile._replace(tma=tma), splits)
+        assert torch.equal(first, second)
+
+
+def test_gram_tiles_of_rows_that_only_tma_copies():
+    x = tensor(100, 40, dtype=torch.bfloat16)  # rows of 80 bytes
+    assert gram.choose_tile(x, "exact").tma and not gram.choose_tile(x[:, 1:], "exact").tma
+    assert gram.choose_tile(tensor(100, 48), "ieee") == gram.TILES["ieee"][0][-1]
+
+
 def test_gram_is_the_same_twice_and_writes_into_strided_outputs():
     x, wide = tensor(300, 40, dtype=torch.bfloat16), poisoned(80, 41)
     first = gram.gram(x, out=wide[::2, :40])

@@ -143,3 +143,9 @@ def test_magic_numbers_divide():
         for n in (0, 1, divisor - 1, divisor, 2 * divisor - 1, (1 << 31) - 1, 123456789):
             if n < 1 << 31 and divisor > 1:
                 assert number < 1 << 32 and n * number >> 32 + shift == n // divisor
+
+
+def test_a_capture_says_that_it_needs_the_tables_before(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it once with the same shapes before the capture"):
+        conv_plan.plan("boxes", ((1, 1, 1, 1, 0, 1),) * 3, 1, 1, 17, 16, 16, 8, 132, torch.device("cuda", 0))

@@ -36,14 +36,18 @@ def test_the_tables_of_the_package():
         table = tables.read(tables.path_for(capability))
         assert table.path.endswith(f"sm_{capability}.json")
         assert set(table.crossovers) <= set(ops.__dict__) and table.measured == {"tiles": None, "crossovers": None}
-        assert table.tiles == compiled  # until a GPU has been seen; other tiles must be compiled ahead of time as well
+        # Until a GPU has been seen; other tiles must be compiled ahead of time as well.
+        assert {name: tile._replace(tma=False) for name, tile in table.tiles.items()} == compiled
+        assert {name.split()[0] for name, tile in table.tiles.items() if tile.tma} == (
+            {"gram"} if capability > 80 else set()
+        )
     assert tables.path_for(86).name == "sm_80.json" and tables.path_for(121).name == "sm_100.json"
     assert tables.path_for(75).name == "sm_80.json"
 
 
 def test_a_table_replaces_tiles_and_crossovers(use):
     x = tensor(100, 40)
-    assert gram.choose_tile(x, "bf16x3") == gram.TILES["bf16x3"][0][-1]
+    assert gram.choose_tile(x, "bf16x3") == gram.TILES["bf16x3"][0][-1]._replace(tma=True)  # as on an H100
     other = tiles.Tile(32, 16, 4, 2, 32)
     use(tiles={"gram bf16x3 0": list(other), "sample_dots ieee": list(other)}, crossovers={"gram": 1e30})
     assert gram.choose_tile(x, "bf16x3") == other and gram.choose_tile(x, "ieee") == gram.TILES["ieee"][0][-1]
@@ -59,7 +63,8 @@ def test_a_table_replaces_tiles_and_crossovers(use):
 @pytest.mark.parametrize(
     ("content", "said"),
     [({"tiles": {"gram ieee 0": [48, 16, 4, 2, 0]}}, "powers of two"), ({"tiles": {"gram ieee 0": [64]}}, "cannot be read"),
-     ({"tiles": {"x": [64, 16, 4, 9, 0]}}, "stages"), ({"crossovers": None}, "hvpfast tune")],
+     ({"tiles": {"x": [64, 16, 4, 9, 0]}}, "stages"), ({"tiles": {"x": [64, 16, 4, 3, 0, 2]}}, "TMA"),
+     ({"crossovers": None}, "hvpfast tune")],
 )  # fmt: skip
 def test_what_is_wrong_in_a_table_is_said(use, content, said):
     path = use(**content)
@@ -73,8 +78,9 @@ def test_every_entry_runs_with_its_own_tile_and_has_others():
     for case in tuning.cases(HERE, scale=256):
         result = case.run(case.tile)
         assert result.dtype is torch.float32 and bool(result.isfinite().all()) and bool(result.any())
-        others = tuning.candidates(case.tile)
+        others = tuning.candidates(case)
         assert others[0] == case.tile and len(set(others)) == len(others) > 3
+        assert {tile.tma for tile in others} == ({False, True} if case.tma else {False})
         assert all(tile.side == case.tile.side and tile.depth >= 16 for tile in others)
         assert case.name not in names
         names.add(case.name)
@@ -97,10 +103,10 @@ def test_the_search_takes_the_fastest_that_agrees(tmp_path, capsys, use):
 
     kept = tuning.Case("kept", best, run)
     assert tune.in_force(kept, {"kept": own}).tile == own and tune.in_force(kept, {}) == kept
-    made = tune.search([tuning.Case("gram ieee 0", own, run), kept], lambda tile: [own, best, wrong, broken], clock)
+    made = tune.search([tuning.Case("gram ieee 0", own, run), kept], lambda case: [own, best, wrong, broken], clock)
     assert made == {"gram ieee 0": best}
     assert "gram ieee 0: (64, 128, 4, 3, 0) left out: RuntimeError" in capsys.readouterr().out
-    assert tune.search([kept], lambda tile: [best], clock, seconds=-1.0) == {}
+    assert tune.search([kept], lambda case: [best], clock, seconds=-1.0) == {}
     use(tiles={"sample_dots ieee": [64, 16, 4, 2, 64]}, crossovers={"gram": 7.0})
     tune.write(tmp_path / "new.json", tables.table(HERE), made, {}, "a fake GPU")
     again = tables.read(tmp_path / "new.json")
