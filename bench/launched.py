@@ -35,7 +35,7 @@ CLASSES = tuple((n, 1, 1, o, k) for n, o, k in ((300, 1000, 2), (300, 3000, 1), 
 PAIRS = 48, 64, 64, 64, 1  # of sample_gram: gradients whose products are multiplied whole
 FEW = SIZES[1], SIZES[7], SIZES[9], SIZES[17], *CLASSES[4:6], PAIRS  # those at which options, and float16, are tried
 # An op's own choice of sizes, and the largest extents where its launches do not depend on them.
-MORE = {name: CLASSES for name in ("softmax_hvp", "softmax_root", "softmax_sample")} | {"sample_gram": (PAIRS,)}
+MORE = dict.fromkeys(("softmax_hvp", "softmax_root", "softmax_sample"), CLASSES) | {"sample_gram": (PAIRS,)}
 MOST = {
     "conv_gram": {"n": 16, "t": 40, "i": 300, "o": 3}, "sample_grads": {"n": 8}, "kron_apply": {"i": 300, "o": 300},
     "kron_solve": {"i": 300, "o": 300}, "rotated_second_moment": {"n": 8, "i": 600, "o": 600},
