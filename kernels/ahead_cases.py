@@ -40,7 +40,7 @@ def _gram_cases() -> Iterator[Case]:
                     yield case(DTYPE[table.removesuffix("-odd")], table, tile, variant)
     yield case("fp16", "exact", gram.TILES["exact"][-1][-1], "even")
     for side in sorted({tile.side for rows in gram.TILES.values() for _, _, tile in rows}):
-        constants = {"ADD": True, "SIDE": side, "SQUARE": gram.SQUARE, "stride_oj": 1}
+        constants = {"ADD": True, "MIRROR": True, "SIDE": side, "SQUARE": gram.SQUARE, "stride_oj": 1}
         yield Case("gram-add", "fp32", str(side), gram._add_kernel, types, constants, (), Tile(side, 0, 4, 3, 0), False)
 
 
