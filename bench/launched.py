@@ -42,7 +42,7 @@ MOST = {
 }  # fmt: skip
 # Keyword arguments in place of those of `testing.make_inputs`.
 OPTIONS: dict[str, tuple] = {
-    "gram": ({}, {"ones_column": True, "beta": 1.0}),
+    "gram": ({}, {"ones_column": True, "beta": 1.0}, {"mirror": False, "beta": 1.0}),
     "conv_gram": (
         {}, {"beta": 1.0, "ones_column": True}, {"stride": 2}, {"kernel_size": 1, "padding": 0}, {"kernel_size": 5, "padding": 2},
         {"kfac_approx": "reduce"}, {"x": "1d"}, {"x": "3d"}, {"groups": "all"}, {"groups": "two"},
@@ -162,7 +162,9 @@ def _applied(name: str, args: tuple, kwargs: dict, option: dict) -> tuple[tuple,
     if name == "sample_gram" and kwargs.get("a2") == "a":
         args, kwargs = (*args, args[0].clone(), args[1].clone()), {}
     if kwargs.get("beta"):
-        kwargs["out"] = dispatch.OPS[name].reference(*args, **{k: v for k, v in kwargs.items() if k != "beta"})
+        kwargs["out"] = dispatch.OPS[name].reference(
+            *args, **{k: v for k, v in kwargs.items() if k not in ("beta", "mirror")}
+        )
     return args, kwargs
 
 

@@ -2,9 +2,9 @@
 
 One program owns one tile (i, j), i >= j, of the output and one of S ranges of N; for a ones column one more program for
 each block of columns sums x. They leave float32 partial tiles in a workspace, and a second launch adds the S of them in
-a fixed order (no atomics: the same bits every time), scales, and writes both halves from one value: exactly symmetric
-where out is. Flops: N D (D + 1), half of a full product's. Bytes: at least 2 N D (16-bit) + 4 D^2; each x tile is read
-about D / side times, mostly from L2, and the partials are 8 S bytes for each element of the triangle.
+a fixed order (no atomics: the same bits every time), scales, and writes both halves from one value, exactly symmetric
+where out is, or the lower one. Flops: N D (D + 1), half of a full product's. Bytes: at least 2 N D (16-bit) + 4 D^2; each
+x tile is read about D / side times, mostly from L2, and the partials are 8 S bytes for each element of the triangle.
 """
 
 from __future__ import annotations
@@ -105,10 +105,10 @@ def _blend(place, value, keep, alpha, beta, ADD: tl.constexpr):
 @triton.jit
 def _add_kernel(
     part_ptr, out_ptr, rows, width, blocks, splits, stride_oi, stride_oj, alpha, beta,
-    ADD: tl.constexpr, SIDE: tl.constexpr, SQUARE: tl.constexpr,
+    ADD: tl.constexpr, MIRROR: tl.constexpr, SIDE: tl.constexpr, SQUARE: tl.constexpr,
 ):  # fmt: skip
     """Add the splits of one SQUARE x SQUARE part of a tile, or (past the triangle) of one block of column sums, and
-    blend the sum into out on both sides of the diagonal."""
+    blend the sum into out below the diagonal and, with MIRROR, above."""
     in_triangle = blocks * (blocks + 1) // 2
     PER_SIDE: tl.constexpr = SIDE // SQUARE
     program = tl.program_id(0)
@@ -127,7 +127,8 @@ def _add_kernel(
         i, j = (row * SIDE + r)[:, None], (column * SIDE + c)[None, :]
         inside = (i < width) & (j < width)
         _blend(out_ptr + i * step_i + j * step_j, total, inside & (i >= j), alpha, beta, ADD)
-        _blend(out_ptr + j * step_i + i * step_j, total, inside & (i > j), alpha, beta, ADD)
+        if MIRROR:
+            _blend(out_ptr + j * step_i + i * step_j, total, inside & (i > j), alpha, beta, ADD)
     else:
         block = program - in_triangle * PER_SIDE * PER_SIDE
         lanes = tl.arange(0, SIDE)
@@ -138,7 +139,8 @@ def _add_kernel(
             sums_ptr += blocks * SIDE
         d = block * SIDE + lanes
         _blend(out_ptr + width * step_i + d * step_j, sums, d < width, alpha, beta, ADD)
-        _blend(out_ptr + d * step_i + width * step_j, sums, d < width, alpha, beta, ADD)
+        if MIRROR:
+            _blend(out_ptr + d * step_i + width * step_j, sums, d < width, alpha, beta, ADD)
         _blend(out_ptr + width * (step_i + step_j), tl.cast(rows, tl.float32), block == 0, alpha, beta, ADD)
 
 
@@ -170,6 +172,7 @@ def supports(
     alpha: float = 1.0,
     beta: float = 0.0,
     ones_column: bool = False,
+    mirror: bool = True,
     precision: str = "ieee",
 ) -> str | None:
     """Why this kernel cannot take the arguments, or None."""
@@ -185,6 +188,7 @@ def worthwhile(
     alpha: float = 1.0,
     beta: float = 0.0,
     ones_column: bool = False,
+    mirror: bool = True,
     precision: str = "ieee",
 ) -> str | None:
     """Why the reference is expected to be faster, or None. Expectations from arithmetic: not yet measured on a GPU."""
@@ -198,6 +202,7 @@ def gram(
     alpha: float = 1.0,
     beta: float = 0.0,
     ones_column: bool = False,
+    mirror: bool = True,
     precision: str = "ieee",
 ) -> Tensor:
     """See `hvpfast.ops.gram`; `precision` is that of float32 data ("auto" is "bf16x3")."""
@@ -212,7 +217,7 @@ def gram(
     splits = choose_splits(programs, -(-len(flat) // tile.depth), tiles.facts(x.device).processors)
     if out.numel():
         with tiles.on_device(x):
-            launch(flat, out, alpha, beta, bool(ones_column), product, tile, splits)
+            launch(flat, out, alpha, beta, bool(ones_column), product, tile, splits, bool(mirror))
     return out
 
 
@@ -224,7 +229,15 @@ def copyable(x: Tensor) -> bool:
 
 
 def launch(
-    x: Tensor, out: Tensor, alpha: float, beta: float, ones_column: bool, product: str, tile: Tile, splits: int
+    x: Tensor,
+    out: Tensor,
+    alpha: float,
+    beta: float,
+    ones_column: bool,
+    product: str,
+    tile: Tile,
+    splits: int,
+    mirror: bool = True,
 ) -> None:
     """Run with a given tile and count of splits: x (N, D), out (D, D) or (D + 1, D + 1)."""
     rows, width = x.shape
@@ -244,5 +257,5 @@ def launch(
     )  # fmt: skip
     _add_kernel[(in_triangle * (tile.side // SQUARE) ** 2 + sums,)](
         part, out, rows, width, blocks, splits, *out.stride(), float(alpha), float(beta),
-        ADD=beta != 0, SIDE=tile.side, SQUARE=SQUARE, num_warps=4, enable_fp_fusion=True,
+        ADD=beta != 0, MIRROR=mirror, SIDE=tile.side, SQUARE=SQUARE, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

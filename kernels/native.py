@@ -89,7 +89,7 @@ def _cpu_rows(x: torch.Tensor) -> tuple[int, int, int, int, int, int] | None:
     return outer, inner, cols, outer_stride, inner_stride, x.stride(-1)
 
 
-def cpu_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto"):
+def cpu_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True, precision="auto"):
     width = x.shape[-1] + ones_column
     if out is None:
         out = x.new_empty((width, width), dtype=torch.float64 if x.dtype is torch.float64 else torch.float32)
@@ -99,22 +99,26 @@ def cpu_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="
         rows = _cpu_rows(x)
     _modules["cpu"].gram(
         x.data_ptr(), _CPU_DTYPES[x.dtype], *rows, ones_column, alpha, beta,
-        out.data_ptr(), *out.stride(), _CPU_PRECISIONS[precision], torch.get_num_threads(),
+        out.data_ptr(), *out.stride(), mirror, _CPU_PRECISIONS[precision], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def cpu_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
+def cpu_gram_supports(
+    x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True, precision="auto"
+) -> str | None:
     return None if x.dtype in _CPU_DTYPES else _cpu_dtype_reason("x", x)
 
 
-def cpu_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
+def cpu_gram_worthwhile(
+    x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True, precision="auto"
+) -> str | None:
     features = x.shape[-1]
     if features == 0 or x.dtype not in _CPU_DTYPES:
         return None
     turned = x.dim() == 2 and x.stride(0) == 1 and features > 1 and x.stride(1) != 1
     return _modules["cpu"].gram_slower(
-        x.numel() // features, features, turned, _CPU_DTYPES[x.dtype], _CPU_PRECISIONS[precision]
+        x.numel() // features, features, turned, not mirror, _CPU_DTYPES[x.dtype], _CPU_PRECISIONS[precision]
     )
 
 

@@ -36,7 +36,9 @@ def _processors(device: torch.device) -> int:
 _FEW_ROWS = 32  # below these float32 is multiplied in full
 
 
-def cuda_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
+def cuda_gram_supports(
+    x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True, precision="auto"
+) -> str | None:
     if x.dtype not in _DTYPES or x.dtype is torch.float64:
         return f"x is {x.dtype}; the kernel reads float32, bfloat16 and float16 and sums in float32"
     reason = _device_reason("x", x)
@@ -47,11 +49,13 @@ def cuda_gram_supports(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, p
     return None
 
 
-def cuda_gram_worthwhile(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto") -> str | None:
+def cuda_gram_worthwhile(
+    x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True, precision="auto"
+) -> str | None:
     return f"{_UNMEASURED} Triton's kernel is taken before it"
 
 
-def cuda_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision="auto"):
+def cuda_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True, precision="auto"):
     """See `hvpfast.ops.gram`. On Hopper (compute capability 9.0) tiles are made by warpgroups' products (wgmma): 16-bit data
     exactly, rows on 16 bytes; float32 split in bf16 halves first ("auto", "bf16x3") or rounded ("bf16"), at the cost of a
     copy. "ieee", other layouts and other GPUs go by 16 x 16 tensor-core products, float32 in full.
@@ -75,7 +79,7 @@ def cuda_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, precision=
     halves = x.new_empty(module.gram_halves(len(rows), width, products), dtype=torch.bfloat16) if in_halves else None
     module.gram(
         rows.data_ptr(), _DTYPES[x.dtype], len(rows), width, *rows.stride(), out.data_ptr(), *out.stride(),
-        alpha, beta, bool(ones_column), workspace.data_ptr(), products, 0 if halves is None else halves.data_ptr(),
+        alpha, beta, bool(ones_column), bool(mirror), workspace.data_ptr(), products, 0 if halves is None else halves.data_ptr(),
         splits, *_where(x),
     )  # fmt: skip
     return out

@@ -66,6 +66,7 @@ VARIANTS: dict[str, tuple[dict, ...]] = {
         {"alpha": 0.25, "beta": 0.5},
         {"alpha": -2.0, "beta": 1.0, "ones_column": True},
         {"alpha": 0.5},
+        {"alpha": 0.5, "beta": -1.0, "ones_column": True, "mirror": False},
     ),
     "cg_update": ({}, {"damping": 0.0}),
     "linear_rop": ({}, {"db": None}),
@@ -110,7 +111,7 @@ def varied(name: str, args: tuple, kwargs: dict, variant: dict) -> dict:
     kwargs = {**kwargs, **variant}
     if "out" not in kwargs:
         return kwargs
-    plain = {key: value for key, value in kwargs.items() if key not in ("out", "beta")}
+    plain = {key: value for key, value in kwargs.items() if key not in ("out", "beta", "mirror")}
     with torch.no_grad():
         shape = dispatch.OPS[name].reference(*args, **plain).shape
     out = torch.full(shape, math.nan, dtype=ops.accumulate_dtype(args[0].dtype), device=args[0].device)

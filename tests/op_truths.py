@@ -48,13 +48,13 @@ def _stack(rows: list[Tensor], *empty: int) -> Tensor:
     return torch.stack(rows) if rows else torch.zeros(0, *empty, dtype=torch.float64)
 
 
-def _gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
+def _gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True):
     width = x.shape[-1] + ones_column
     total = torch.zeros(width, width, dtype=x.dtype) if beta == 0 else beta * out
     for row in x.reshape(math.prod(x.shape[:-1]), x.shape[-1]):
         feature = torch.cat([row, row.new_ones(1)]) if ones_column else row
         total = total + alpha * torch.outer(feature, feature)
-    return total
+    return total if mirror else total.tril() + out.triu(1)
 
 
 def _conv_gram(

@@ -49,6 +49,7 @@ def test_what_it_leaves_to_dispatch():
     x, out = draw(4, 3), torch.empty(3, 3)
     for args, kwargs in (
         ((), {"x": x}), ((x, x), {}), ((x,), {"other": 1}), ((x,), {"out": torch.empty(2, 2)}), ((x,), {"beta": 1.0}),
+        ((x,), {"mirror": False}), ((x,), {"out": out, "mirror": None}),
         ((x,), {"out": out.double()}), ((x,), {"out": torch.empty(1).expand(3, 3)}), ((x,), {"out": 3}),
         ((x.int(),), {}), ((x.cfloat(),), {}), ((x.to("meta"),), {}), ((x.to_sparse(),), {}), ((torch._neg_view(x),), {}),
         ((x.clone().requires_grad_(),), {}), ((x,), {"out": out.clone().requires_grad_()}), ((x[:0],), {}), ((x[0, 0],), {}),

@@ -28,6 +28,7 @@ BAD: list[tuple[str, tuple, dict, type[Exception], str]] = [
     ("gram", (torch.zeros(2, 3, dtype=torch.complex64),), {}, TypeError, "x is torch.complex64"),
     ("gram", (torch.tensor(1.0),), {}, ValueError, "x is a scalar"),
     ("gram", (A,), {"beta": 0.5}, ValueError, "beta is 0.5 but there is no out"),
+    ("gram", (A,), {"mirror": False}, ValueError, "mirror is False but there is no out"),
     ("gram", (A,), {"out": torch.zeros(6, 6)}, ValueError, r"out has shape \(6, 6\); it must be \(5, 5\)"),
     ("gram", (A,), {"out": torch.zeros(5, 5), "ones_column": True}, ValueError, r"it must be \(6, 6\)"),
     ("gram", (A,), {"out": torch.zeros(5, 5).double()}, TypeError, "out is torch.float64; results for torch.float32"),

@@ -39,11 +39,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("workspace_bytes", workspace_bytes, "Bytes of scratch memory that the process's threads hold.");
     m.def("gram", [](uintptr_t x, int dtype, int64_t outer, int64_t inner, int64_t cols, int64_t outer_stride,
                      int64_t inner_stride, int64_t col_stride, bool ones, double alpha, double beta, uintptr_t out,
-                     int64_t row_stride, int64_t out_col_stride, int precision, int threads) {
+                     int64_t row_stride, int64_t out_col_stride, bool mirror, int precision, int threads) {
         const Rows rows{reinterpret_cast<const void*>(x), Dtype(dtype), outer, inner, cols, outer_stride, inner_stride, col_stride};
         const int64_t width = cols + ones;
         py::gil_scoped_release release;
-        gram(rows, ones, alpha, beta, Out{reinterpret_cast<void*>(out), width, width, row_stride, out_col_stride},
+        gram(rows, ones, alpha, beta, Out{reinterpret_cast<void*>(out), width, width, row_stride, out_col_stride, !mirror},
              Precision(precision), threads);
     });
     m.def("sample_norms_squared", [](uintptr_t a, py::tuple a_shape, py::tuple a_strides, uintptr_t g, py::tuple g_shape,
@@ -141,8 +141,8 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         return convolve(one, threads);
     }, "Whether it was computed.");
-    m.def("gram_slower", [](int64_t rows, int64_t features, bool turned, int dtype, int precision) {
-        return gram_slower(rows, features, turned, Dtype(dtype), Precision(precision));
+    m.def("gram_slower", [](int64_t rows, int64_t features, bool turned, bool lower, int dtype, int precision) {
+        return gram_slower(rows, features, turned, lower, Dtype(dtype), Precision(precision));
     }, "Why torch is as fast at this size, or None.");
     if (!add_calls(m.ptr())) throw py::error_already_set();
     tier_in_use();  // a tier forced by HVPFAST_CPU that cannot run fails the import, saying why

@@ -40,7 +40,7 @@ struct Known {
     PyObject *transform, *modes, *tracing, *backward, *grad_enabled, *batched, *negative, *increment, *threads, *product, *autocast;
     PyObject* forward_ad;  // the module's namespace, which holds the level
     const Exchange* exchange;
-    PyObject *requires_grad, *layout, *level, *new_empty, *dtype, *transposed, *out, *alpha, *beta, *ones, *automatic;  // names
+    PyObject *requires_grad, *layout, *level, *new_empty, *dtype, *transposed, *out, *alpha, *beta, *ones, *mirror, *automatic;  // names
     PyObject *to_float32, *into;  // ("dtype",) and ("out",): the names of keyword arguments of new_empty and of mm
 };
 Known known{};
@@ -205,15 +205,16 @@ PyObject* gram_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     if (count != 3 || known.exchange == nullptr || PyTuple_GET_SIZE(given[0]) != 1) return Py_NewRef(other);
     PyObject *const x = PyTuple_GET_ITEM(given[0], 0), *out = Py_None, *name, *value;
     double alpha = 1, beta = 0;
-    bool ones = false;
+    bool ones = false, mirror = true;
     Py_ssize_t position = 0;
     while (PyDict_Next(given[1], &position, &name, &value)) {
         if (name == known.out) out = value;
         else if (name == known.ones && PyBool_Check(value)) ones = value == Py_True;
+        else if (name == known.mirror && PyBool_Check(value)) mirror = value == Py_True;
         else if (!(name == known.alpha && factor(value, alpha)) && !(name == known.beta && factor(value, beta))) return Py_NewRef(other);
     }
     const bool given_out = out != Py_None;
-    if (!is_tensor(x) || (given_out ? !is_tensor(out) : beta != 0)) return Py_NewRef(other);
+    if (!is_tensor(x) || (given_out ? !is_tensor(out) : beta != 0 || !mirror)) return Py_NewRef(other);
     Precision precision = Precision::automatic;
     if (given[2] != known.automatic) {
         int found = 0;
@@ -232,11 +233,12 @@ PyObject* gram_call(PyObject*, PyObject* const* given, Py_ssize_t count) {
     const int64_t width = rows.cols + ones;
     if (given_out && (!viewed(out, view) || !out_of(view, wide, width, to))) return Py_NewRef(other);
     const bool turned = rows.col_stride != 1 && view_of_x.axes == 2 && rows.inner_stride == 1;
-    const bool slower = gram_slower(rows.rows(), rows.cols, turned, rows.dtype, precision) != nullptr;
+    const bool slower = gram_slower(rows.rows(), rows.cols, turned, !mirror, rows.dtype, precision) != nullptr;
     if (slower) {
-        const bool as_it_is = view_of_x.axes == 2 && int(rows.dtype) < 2 && !ones && alpha == 1 && beta == 0;
+        const bool as_it_is = view_of_x.axes == 2 && int(rows.dtype) < 2 && !ones && mirror && alpha == 1 && beta == 0;
         if (!as_it_is || (given_out && !apart(rows, to)) || !is(PyObject_CallNoArgs(known.autocast), Py_False)) return Py_NewRef(other);
     }
+    to.lower = !mirror;
     if (!unwatched()) return Py_NewRef(other);
     const bool backward = called(known.backward, 0) != -1;
     if (!is_plain(x, backward) || (given_out && !is_plain(out, backward))) return Py_NewRef(other);
@@ -295,7 +297,7 @@ PyObject* learn(PyObject*, PyObject* objects) {
     } names[] = {
         {"requires_grad", &found.requires_grad}, {"layout", &found.layout}, {"_current_level", &found.level}, {"new_empty", &found.new_empty},
         {"dtype", &found.dtype}, {"t", &found.transposed}, {"out", &found.out}, {"alpha", &found.alpha}, {"beta", &found.beta}, {"ones_column", &found.ones},
-        {"auto", &found.automatic},
+        {"mirror", &found.mirror}, {"auto", &found.automatic},
     };
     for (const auto& each : names)
         if ((*each.to = PyUnicode_InternFromString(each.name)) == nullptr) return nullptr;

@@ -1,4 +1,4 @@
-// The epilogue of symmetric products: sums the threads' copies, scales, and writes both triangles.
+// The epilogue of symmetric products: sums the threads' copies, scales, and writes both triangles, or the lower one.
 #include "triangle.hpp"
 
 #include "engine.hpp"
@@ -8,17 +8,20 @@
 namespace hvpfast {
 namespace {
 
-// rows x cols of `from` (rows of `pitch`) into out at (r0, c0).
+// rows x cols of `from` (rows of `pitch`) into out at (r0, c0). `lower`: of each row, up to the block's diagonal.
 template <class T>
 void write(const Rowwise<T>& rowwise, const T* from, int64_t pitch, int64_t rows, int64_t cols, T beta, const Out& out, int64_t r0,
-           int64_t c0, bool stream) {
+           int64_t c0, bool stream, bool lower) {
     T* base = static_cast<T*>(out.data) + r0 * out.row_stride + c0 * out.col_stride;
-    if (out.col_stride == 1 && beta == 0) return rowwise.copy(from, pitch, rows, cols, base, out.row_stride, stream);
+    if (out.col_stride == 1 && beta == 0 && !lower) return rowwise.copy(from, pitch, rows, cols, base, out.row_stride, stream);
     for (int64_t r = 0; r < rows; ++r, from += pitch, base += out.row_stride) {
-        if (out.col_stride == 1) {
-            for (int64_t c = 0; c < cols; ++c) base[c] = beta * base[c] + from[c];
+        const int64_t count = lower ? r + 1 : cols;
+        if (out.col_stride == 1 && beta == 0) {
+            rowwise.copy(from, pitch, 1, count, base, out.row_stride, stream);
+        } else if (out.col_stride == 1) {
+            for (int64_t c = 0; c < count; ++c) base[c] = beta * base[c] + from[c];
         } else {
-            for (int64_t c = 0; c < cols; ++c) {
+            for (int64_t c = 0; c < count; ++c) {
                 T& to = base[c * out.col_stride];
                 to = beta == 0 ? from[c] : beta * to + from[c];
             }
@@ -55,9 +58,9 @@ void mirror_squares(const Triangle& shape, int index, int count, const T* square
                 for (int64_t i = i0; i < i_last && i <= j; ++i) {
                     const T* const from = squares + shape.at(i, j);
                     const int64_t ni = least(panel, out.rows - i * panel), nj = least(panel, out.cols - j * panel);
-                    if (plain && i != j) {  // both straight to their places
+                    if (plain && i != j) {  // straight to their places
                         T* const base = static_cast<T*>(out.data);
-                        rowwise.copy(from, panel, ni, nj, base + i * panel * out.row_stride + j * panel, out.row_stride, false);
+                        if (!out.lower) rowwise.copy(from, panel, ni, nj, base + i * panel * out.row_stride + j * panel, out.row_stride, false);
                         turn(from, panel, ni, nj, base + j * panel * out.row_stride + i * panel, out.row_stride);
                         continue;
                     }
@@ -88,8 +91,9 @@ void mirror_squares(const Triangle& shape, int index, int count, const T* square
                 }
             if (plain && i0 != j0) continue;
             const int64_t rows = least(out.rows, i_last * panel) - i0 * panel, cols = least(out.cols, j_last * panel) - j0 * panel;
-            write<T>(rowwise, straight, pitch, rows, cols, T(beta), out, i0 * panel, j0 * panel, stream);
-            if (i0 != j0) write<T>(rowwise, turned, pitch, cols, rows, T(beta), out, j0 * panel, i0 * panel, stream);
+            if (i0 == j0 || !out.lower)
+                write<T>(rowwise, straight, pitch, rows, cols, T(beta), out, i0 * panel, j0 * panel, stream, out.lower);
+            if (i0 != j0) write<T>(rowwise, turned, pitch, cols, rows, T(beta), out, j0 * panel, i0 * panel, stream, false);
         }
     if (stream) rowwise.flush();
 }

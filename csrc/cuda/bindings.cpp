@@ -11,8 +11,8 @@ namespace py = pybind11;
 namespace {
 
 void gram(uintptr_t x, int dtype, int64_t rows, int64_t width, int64_t stride_n, int64_t stride_d, uintptr_t out,
-          int64_t out_stride_i, int64_t out_stride_j, float alpha, float beta, bool ones_column, uintptr_t workspace,
-          int products, uintptr_t halves, int splits, int device, uintptr_t stream) {
+          int64_t out_stride_i, int64_t out_stride_j, float alpha, float beta, bool ones_column, bool mirror,
+          uintptr_t workspace, int products, uintptr_t halves, int splits, int device, uintptr_t stream) {
     if (rows < 0 || width < 0 || splits < 1 || splits > 65535) {
         throw std::invalid_argument("gram: rows, width and splits must be at least 0, 0 and 1");
     }
@@ -21,7 +21,7 @@ void gram(uintptr_t x, int dtype, int64_t rows, int64_t width, int64_t stride_n,
     }
     py::gil_scoped_release release;
     hvpfast::gram({reinterpret_cast<const void*>(x), static_cast<hvpfast::Dtype>(dtype), rows, width, stride_n, stride_d,
-                   reinterpret_cast<float*>(out), out_stride_i, out_stride_j, alpha, beta, ones_column,
+                   reinterpret_cast<float*>(out), out_stride_i, out_stride_j, alpha, beta, ones_column, mirror,
                    reinterpret_cast<float*>(workspace), products, reinterpret_cast<void*>(halves), splits, device,
                    stream});
 }
@@ -59,7 +59,7 @@ PYBIND11_MODULE(_cuda, m) {
           "bf16 numbers of workspace that gram needs for float32 data where products is not 0.");
     m.def("gram", &gram, py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("width"), py::arg("stride_n"),
           py::arg("stride_d"), py::arg("out"), py::arg("out_stride_i"), py::arg("out_stride_j"), py::arg("alpha"),
-          py::arg("beta"), py::arg("ones_column"), py::arg("workspace"), py::arg("products"), py::arg("halves"), py::arg("splits"),
+          py::arg("beta"), py::arg("ones_column"), py::arg("mirror"), py::arg("workspace"), py::arg("products"), py::arg("halves"), py::arg("splits"),
           py::arg("device"), py::arg("stream"), "out = beta out + alpha (x 1)'(x 1) on the given stream.");
     m.def("cg_columns", &hvpfast::cg_columns, "The most systems that cg_update takes together.");
     m.def("cg_workspace", &hvpfast::cg_workspace, py::arg("tensors"), py::arg("columns"), py::arg("blocks"),

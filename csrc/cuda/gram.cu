@@ -183,11 +183,11 @@ __device__ void blend(float* place, float value, float alpha, float beta) {
     *place = beta == 0.0f ? alpha * value : beta * *place + alpha * value;
 }
 
-// Adds the splits of a kSquare x kSquare part of a tile (or, past the triangle, of a block of column sums) and writes it on
-// both sides of the diagonal, the mirrored half through shared memory so that both are written along rows.
+// Adds the splits of a kSquare x kSquare part of a tile (or, past the triangle, of a block of column sums) and writes it below
+// the diagonal and, with `mirror`, above, that half through shared memory so that both are written along rows.
 __global__ void __launch_bounds__(kSquare* kSquareRows, 4)
     add_kernel(const float* workspace, int splits, int blocks, int64_t rows, int64_t width, float* out, int64_t stride_i,
-               int64_t stride_j, float alpha, float beta) {
+               int64_t stride_j, float alpha, float beta, bool mirror) {
     __shared__ float square[kSquare][kSquare + 1];
     constexpr int kPerSide = kTile / kSquare, kPerTile = kPerSide * kPerSide;
     const int in_triangle = blocks * (blocks + 1) / 2, lane = threadIdx.x, line = threadIdx.y;
@@ -200,7 +200,7 @@ __global__ void __launch_bounds__(kSquare* kSquareRows, 4)
             float total = 0.0f;
             for (int s = 0; s < splits; ++s) total += sums[static_cast<int64_t>(s) * blocks * kTile + c];
             if (d < width) blend(out + width * stride_i + d * stride_j, total, alpha, beta);
-            if (d < width) blend(out + d * stride_i + width * stride_j, total, alpha, beta);
+            if (mirror && d < width) blend(out + d * stride_i + width * stride_j, total, alpha, beta);
         }
         if (block == 0 && lane == 0 && line == 0) {
             blend(out + width * (stride_i + stride_j), static_cast<float>(rows), alpha, beta);
@@ -220,6 +220,7 @@ __global__ void __launch_bounds__(kSquare* kSquareRows, 4)
         const int64_t row = i + y, column = j + lane;
         if (row < width && column <= row) blend(out + row * stride_i + column * stride_j, total, alpha, beta);
     }
+    if (!mirror) return;
     __syncthreads();
     for (int y = line; y < kSquare; y += kSquareRows) {
         const int64_t row = i + lane, column = j + y;  // of the value; it goes to (column, row)
@@ -264,7 +265,7 @@ void gram(const GramArguments& a) {
     constexpr int kPerTile = (kTile / kSquare) * (kTile / kSquare);
     const dim3 grid(blocks * (blocks + 1) / 2 * kPerTile + (a.ones_column ? blocks : 0));
     add_kernel<<<grid, dim3(kSquare, kSquareRows), 0, stream>>>(a.workspace, a.splits, blocks, a.rows, a.width, a.out,
-                                                                a.out_stride_i, a.out_stride_j, a.alpha, a.beta);
+                                                                a.out_stride_i, a.out_stride_j, a.alpha, a.beta, a.mirror);
     check(cudaGetLastError(), "gram: the launch of the reduction");
 }
 

@@ -16,6 +16,7 @@ struct GramArguments {
     int64_t out_stride_i, out_stride_j;
     float alpha, beta;  // out is not read if beta is 0
     bool ones_column;
+    bool mirror;  // else what is above the diagonal is neither read nor written
     float* workspace;  // gram_workspace(...) floats
     int products;      // 0: the kernels of every GPU. On Hopper, of x as it is or rounded (1), of float32 in halves (3)
     void* halves;      // gram_halves(...) bf16 numbers, on 16 bytes, where float32 x goes with products > 0

@@ -44,6 +44,7 @@ struct Rows {
 struct Out {
     void* data;
     int64_t rows, cols, row_stride, col_stride;
+    bool lower = false;  // of a symmetric result: what is above the diagonal is neither read nor written
 };
 
 HVPFAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -61,6 +61,8 @@ struct Flat {
     Flat at(int64_t row, int64_t feature, int64_t count) const { return {data + row * pitch + feature, pitch, count}; }
 };
 
+constexpr int64_t kMostFew = 16;
+
 template <class T>
 struct Engine {
     int64_t panel;    // features a panel, and the row length of c
@@ -84,7 +86,7 @@ struct Engine {
     // as much memory behind each; null on AMX. `out` (rows `pitch` apart) is not read if beta is 0, and is not x. `upper`: those
     // rows from the diagonal on, and as columns too; for `few_square` rows, of which `first` is a multiple, and beta 0.
     void (*few)(const Flat<T>& x, int64_t k, int64_t first, int64_t last, bool upper, double alpha, double beta, T* out, int64_t pitch);
-    int64_t few_least, few_square;  // few_square: 0 if `upper` does not pay
+    int64_t few_least, few_square;  // few_least: at most kMostFew. few_square: 0 if `upper` does not pay
     // c += a'b over a walk that starts at packed rows `left_row` and `right_row`.
     void (*walk)(const void* a, const void* b, int64_t left_row, int64_t right_row, int64_t ni, int64_t nj, const Walk& over, T* c);
     // `lanes` (at most panel) arrays of `count` values, `apart` from each other, become rows: to[r * pitch + lane].

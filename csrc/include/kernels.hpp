@@ -5,14 +5,15 @@
 
 namespace hvpfast {
 
-// out = beta out + alpha x'x, (x 1)'(x 1) with `ones`; out is not read if beta is 0.
+// out = beta out + alpha x'x, (x 1)'(x 1) with `ones`; out is not read if beta is 0, nor above the diagonal with out.lower.
 void gram(const Rows& x, bool ones, double alpha, double beta, const Out& out, Precision precision, int threads);
 
 // Whether x and out (of the dtype that x is summed in) share no memory.
 bool apart(const Rows& x, const Out& out);
 
 // Why torch's product is as fast for x (rows, features), or null. `turned`: rows, and not features, lie side by side.
-const char* gram_slower(int64_t rows, int64_t features, bool turned, Dtype dtype, Precision precision);
+// `lower`: that triangle alone is written, for which torch has no product.
+const char* gram_slower(int64_t rows, int64_t features, bool turned, bool lower, Dtype dtype, Precision precision);
 
 // A batch of matrices (batch, T, features), in elements of `dtype`.
 struct Batch {

@@ -20,7 +20,7 @@ struct Triangle {
     int64_t patch_elements(int64_t element_bytes) const { return 2 * patch(element_bytes) * patch(element_bytes) * panel * panel; }
 };
 
-// Writes thread `index`'s share of the triangle and of its mirror image: out = beta out + alpha sum_t copies[t], `copies`
+// Writes thread `index`'s share of the triangle and of its mirror image (with out.lower of that alone): out = beta out + alpha sum_t copies[t], `copies`
 // lying `apart` elements from each other. `diagonal` (or null) holds `groups` rows of panels * panel values that are added
 // to the diagonal. `scratch`: patch_elements(sizeof(T)).
 template <class T>

@@ -2,7 +2,8 @@
 
 Everything here adds to a running total of B groups, so that calls, columns and batches follow each other without a
 temporary. `weight` and `ones` say whether a layer's features, and a last one that is 1 (its bias), are wanted; `beta`
-multiplies the total first: 1, or 0 where it holds nothing yet and is not read.
+multiplies the total first: 1, or 0 where it holds nothing yet and is not read. Without `mirror`, a layer that is no convolution
+adds to the lower triangle only.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def add_input_gram(
     weights: Tensor | None,
     alpha: float,
     beta: float = 1.0,
+    mirror: bool = True,
 ) -> None:
     """total (B, I, I) = beta total + alpha sum_r w_r a_r a_r' over the rows of `input_rows`; patches are not made where
     none need be."""
@@ -129,11 +131,11 @@ def add_input_gram(
         _add_patch_gram(total, normal, normal.image, approx, ones, weights, alpha, beta)
     elif weights is None and approx == "expand":
         for a, out in zip(normal.inputs(), total, strict=True):
-            ops.gram(a, out=out, alpha=alpha, beta=beta, ones_column=ones)
+            ops.gram(a, out=out, alpha=alpha, beta=beta, ones_column=ones, mirror=mirror)
     else:
         for part in _chunks([normal], samples):
             for rows, out in zip(input_rows(normal, approx, weight, ones, weights, part), total, strict=True):
-                ops.gram(rows, out=out, alpha=alpha, beta=beta if part.start == 0 else 1.0)
+                ops.gram(rows, out=out, alpha=alpha, beta=beta if part.start == 0 else 1.0, mirror=mirror)
 
 
 def _add_patch_gram(
@@ -223,7 +225,9 @@ def output_rows(normal: Normal, grad: Tensor, approx: str) -> Tensor:
     return g.sum(2) if approx == "reduce" else g.flatten(1, 2)
 
 
-def add_output_gram(total: Tensor, normal: Normal, grad: Tensor, approx: str, alpha: float, beta: float = 1.0) -> None:
+def add_output_gram(
+    total: Tensor, normal: Normal, grad: Tensor, approx: str, alpha: float, beta: float = 1.0, mirror: bool = True
+) -> None:
     """total (B, O, O) = beta total + alpha sum_r g_r g_r' over the rows of `output_rows`."""
     if normal.image is not None and approx == "expand":  # (M, B O, *spatial): no transposed copy
         out = total[0] if normal.groups == 1 else total
@@ -231,7 +235,7 @@ def add_output_gram(total: Tensor, normal: Normal, grad: Tensor, approx: str, al
         return
     g = normal.grads(grad)
     for rows, out in zip(g.sum(2) if approx == "reduce" else g, total, strict=True):
-        ops.gram(rows, out=out, alpha=alpha, beta=beta)
+        ops.gram(rows, out=out, alpha=alpha, beta=beta, mirror=mirror)
 
 
 def add_output_squares(total: Tensor, normal: Normal, grad: Tensor, approx: str, alpha: float) -> None:

@@ -10,17 +10,21 @@ from torch import Tensor
 
 from hvpfast import heap, ops
 from hvpfast.capture import kronecker
+from hvpfast.capture.layers import Normal
 from hvpfast.capture.problem import Problem
 from hvpfast.capture.sites import Site
 from hvpfast.capture.units import Layout, Unit
 from hvpfast.operators.factor import Dense, Diagonal, Factor, Thin
 from hvpfast.operators.sweep import Run
-from hvpfast.ops.shared import add_rows
+from hvpfast.ops.shared import add_rows, mirror_lower
 
 # Features beyond which a factor is kept as its diagonal: a language model's vocabulary would need terabytes.
 LARGEST_FACTOR = 16384
 # Numbers up to which the block of a norm layer, or of parameters without a rule, is kept whole; its diagonal beyond.
 LARGEST_BLOCK = 512
+# Features from which a sum of Gram matrices may hold its lower triangle only, and after how many additions: mirroring it in
+# the end costs what four of them save (two cores with AVX-512 and AMX, 2026-11-22).
+LEAST_LOWER, BOTH_FIRST = 1024, 4
 
 
 class KroneckerSums:
@@ -38,7 +42,9 @@ class KroneckerSums:
             None if thin else (torch.empty if len(shape) == 3 else torch.zeros)(shape, dtype=dtype, device=device)
             for shape, thin in self._shapes(unit, run, approx, single)
         ]
-        self._betas = [0.0, 0.0]  # of what is added next: a matrix holds nothing before the first
+        self._added, self._lower = [0, 0], [False, False]  # additions; whether one wrote the lower triangle only
+        known = len(unit.calls), len(unit.calls) * run.columns  # additions of a batch
+        self._both_first = [0 if count >= 2 * BOTH_FIRST else BOTH_FIRST for count in known]
         # What a single batch is divided by, at once: rows are kept of no other.
         self._whole = (run.total, run.weight) if single else (1.0, 1.0)
         self._single = single
@@ -96,12 +102,16 @@ class KroneckerSums:
         elif total.dim() == 2:
             kronecker.add_input_squares(total, normal, samples, *arguments, alpha)
         else:
-            kronecker.add_input_gram(total, normal, samples, *arguments, alpha, self._beta(0))
+            kronecker.add_input_gram(total, normal, samples, *arguments, alpha, **self._blend(0, normal))
 
-    def _beta(self, side: int) -> float:
-        """0 for what is added first, 1 from then on."""
-        beta, self._betas[side] = self._betas[side], 1.0
-        return beta
+    def _blend(self, side: int, normal: Normal | None = None) -> dict[str, float | bool]:
+        """How the next Gram matrix is added: what is added first reads nothing. Those of images are always whole."""
+        count, size = self._added[side], self._totals[side].shape[-1]
+        image = normal is not None and normal.image is not None
+        mirror = image or size < LEAST_LOWER or count < self._both_first[side]
+        self._added[side] += 1
+        self._lower[side] |= not mirror
+        return {"beta": float(count > 0), "mirror": mirror}
 
     def _add_reduced_inputs(self, run: Run, rows: int) -> None:
         """A layer with several calls: the mean over the positions of all."""
@@ -134,7 +144,7 @@ class KroneckerSums:
         elif total.dim() == 2:
             kronecker.add_output_squares(total, normal, grad, approx, alpha)
         else:
-            kronecker.add_output_gram(total, normal, grad, approx, alpha, self._beta(1))
+            kronecker.add_output_gram(total, normal, grad, approx, alpha, **self._blend(1, normal))
 
     def end_column(self, run: Run) -> None:
         if self._column is not None:
@@ -149,9 +159,9 @@ class KroneckerSums:
         elif total.dim() == 2:
             total.add_(rows.square().sum(1), alpha=alpha)
         else:
-            beta = self._beta(side)
+            blend = self._blend(side)
             for one, out in zip(rows, total, strict=True):
-                ops.gram(one, out=out, alpha=alpha, beta=beta)
+                ops.gram(one, out=out, alpha=alpha, **blend)
 
     def check(self, run: Run) -> None:
         """Raise NonFiniteError if a gradient of this batch was not finite. A Gram matrix is finite where its diagonal is."""
@@ -167,8 +177,10 @@ class KroneckerSums:
             if total is None:
                 made.append(Thin(rows[0] if len(rows) == 1 else torch.cat(rows, 1)))
                 continue
-            if total.dim() == 3 and self._betas[side] == 0:
+            if total.dim() == 3 and not self._added[side]:
                 total.zero_()
+            if self._lower[side]:
+                mirror_lower(total)
             made.append((Diagonal if total.dim() == 2 else Dense)(total if self._single else total.mul_(scale)))
         return made[0], made[1]
 

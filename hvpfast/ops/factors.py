@@ -11,11 +11,11 @@ from torch import Tensor
 
 from hvpfast.arguments import floats, output, real, scalars
 from hvpfast.dispatch import op
-from hvpfast.ops.shared import wide
+from hvpfast.ops.shared import lower_strips, wide
 from hvpfast.patches import geometry, patches
 
 
-def _check_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
+def _check_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False, mirror=True):
     if not real(x):
         floats("gram", x=x)
     if type(alpha) is not float or type(beta) is not float:
@@ -27,11 +27,19 @@ def _check_gram(x, *, out=None, alpha=1.0, beta=0.0, ones_column=False):
         output("gram", out, (width, width), x)
     elif beta != 0:
         raise ValueError(f"gram: beta is {beta} but there is no out to scale; pass out=, or leave beta at 0")
+    elif not mirror:
+        raise ValueError("gram: mirror is False but there is no out whose lower triangle to write; pass out=")
 
 
 @op(check=_check_gram, backends=("cpu", "triton", "cuda"))
 def gram(
-    x: Tensor, *, out: Tensor | None = None, alpha: float = 1.0, beta: float = 0.0, ones_column: bool = False
+    x: Tensor,
+    *,
+    out: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    ones_column: bool = False,
+    mirror: bool = True,
 ) -> Tensor:
     """Gram matrix of the features, `beta * out + alpha * x'x`, summed over every leading axis (no mean is taken).
 
@@ -40,18 +48,23 @@ def gram(
         out: (I, I) or, with `ones_column`, (I + 1, I + 1), in the result's dtype; overwritten. Not read if beta is 0.
         alpha, beta: factors of the new sum and of what `out` holds: a running average is one call.
         ones_column: append a feature that is 1 in every row: the factor of a layer with a bias, (x 1)'(x 1).
+        mirror: if False, only the lower triangle of `out` (diagonal included) is read and written, and what is above keeps
+            its values: sums over many calls are mirrored once, when they are read.
 
     Returns:
         `out`, or a new tensor: (I, I) or (I + 1, I + 1), both triangles; float32, or float64 for float64.
 
     Raises:
         TypeError: not a real floating tensor, or `out` of another dtype than the result's.
-        ValueError: `out` of another shape or device, or beta without `out`.
+        ValueError: `out` of another shape or device; beta, or mirror=False, without `out`.
     """
     rows = wide(x) if x.dim() == 2 else wide(x).reshape(x.shape[:-1].numel(), x.shape[-1])
     if ones_column:
         rows = torch.cat([rows, rows.new_ones(rows.shape[0], 1)], 1)
-    if out is not None and out.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr():
+    apart = out is not None and out.untyped_storage().data_ptr() != rows.untyped_storage().data_ptr()
+    if not mirror:
+        return _add_lower(out, rows if apart else rows.clone(), alpha, beta)
+    if apart:
         return out.addmm_(rows.T, rows, beta=beta, alpha=alpha)
     product = rows.T @ rows
     if out is None:
@@ -59,6 +72,17 @@ def gram(
     if beta == 0:
         return out.copy_(product if alpha == 1 else product.mul_(alpha))
     return out.mul_(beta).add_(product, alpha=alpha)
+
+
+def _add_lower(out: Tensor, rows: Tensor, alpha: float, beta: float) -> Tensor:
+    """The lower triangle of out (I, I) = beta out + alpha rows'rows, a few rows of it at a time."""
+    for strip, kept in lower_strips(out):
+        features = rows[:, strip]
+        out[strip, : strip.start].addmm_(features.T, rows[:, : strip.start], beta=beta, alpha=alpha)
+        corner = out[strip, strip]
+        blended = torch.addmm(corner, features.T, features, beta=beta, alpha=alpha)
+        corner.copy_(torch.where(kept, blended, corner))
+    return out
 
 
 def _check_conv_gram(

@@ -30,11 +30,11 @@ def test_it_loads_without_a_gpu_and_knows_its_workspace():
 def test_cuda_errors_become_exceptions():
     module = built()
     with pytest.raises(RuntimeError, match=r"cudaGetDevice: .*\(cudaError"):
-        module.gram(0, 0, 4, 4, 4, 1, 0, 4, 1, 1.0, 0.0, False, 0, 0, 0, 1, 0, 0)
+        module.gram(0, 0, 4, 4, 4, 1, 0, 4, 1, 1.0, 0.0, False, True, 0, 0, 0, 1, 0, 0)
     with pytest.raises(ValueError, match="splits"):
-        module.gram(0, 0, 4, 4, 4, 1, 0, 4, 1, 1.0, 0.0, False, 0, 0, 0, 0, 0, 0)
+        module.gram(0, 0, 4, 4, 4, 1, 0, 4, 1, 1.0, 0.0, False, True, 0, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="products must be 0, 1 or 3"):
-        module.gram(0, 0, 4, 4, 4, 1, 0, 4, 1, 1.0, 0.0, False, 0, 2, 0, 1, 0, 0)
+        module.gram(0, 0, 4, 4, 4, 1, 0, 4, 1, 1.0, 0.0, False, True, 0, 2, 0, 1, 0, 0)
 
 
 def floats(pointer: int, shape: tuple[int, int], strides: tuple[int, int]) -> np.ndarray:
@@ -58,14 +58,15 @@ class FakeModule:
         return self.workspace
 
     def gram(self, x, dtype, rows, width, stride_n, stride_d, out, out_stride_i, out_stride_j, alpha, beta, ones_column,
-             workspace, products, halves, splits, device, stream):  # fmt: skip
+             mirror, workspace, products, halves, splits, device, stream):  # fmt: skip
         assert dtype == 0 and device == 0 and splits >= 1 and products == 0 and halves == 0
         floats(workspace, (1, self.workspace), (self.workspace, 1))[:] = math.nan  # it is all there to be written
         data = floats(x, (rows, width), (stride_n, stride_d)).astype(np.float64)
         if ones_column:
             data = np.concatenate([data, np.ones((rows, 1))], 1)
         result = floats(out, (data.shape[1],) * 2, (out_stride_i, out_stride_j))
-        result[:] = alpha * data.T @ data + (beta * result if beta else 0)
+        made = alpha * data.T @ data + (beta * result if beta else 0)
+        result[:] = made if mirror else np.tril(made) + np.triu(result, 1)
         self.splits, self.stream = splits, stream
 
 

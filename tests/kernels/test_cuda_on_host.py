@@ -10,6 +10,7 @@ import sysconfig
 from pathlib import Path
 from types import SimpleNamespace
 
+import lower
 import pytest
 import torch
 from hvpfast.kernels import native_cuda
@@ -72,6 +73,8 @@ def test_gram(host, monkeypatch, rows, width, splits, layout, dtype):
     blend = {"alpha": 0.3, "beta": 0.7, "ones_column": True}
     out = host.cuda_gram(x, out=before.clone(), **blend)
     testing.assert_accurate(out, ops.gram, x, out=before, **blend)
+    for each in ({}, blend):
+        lower.assert_lower(host.cuda_gram, x, **each)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 
 import math
 
+import lower
 import pytest
 import torch
 from on_triton import DEVICE, DTYPES, PRECISIONS, poisoned, stated, tensor
@@ -83,6 +84,13 @@ def test_gram_is_the_same_twice_and_writes_into_strided_outputs():
     assert torch.equal(first, gram.gram(x))
     assert wide[1::2].isnan().all() and wide[:, 40].isnan().all()
     testing.assert_accurate(first, ops.gram, x)
+
+
+@pytest.mark.parametrize("rows, width", [(0, 5), (3, 1), (65, 17), (40, 130)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gram_of_the_lower_triangle(rows, width, dtype):
+    for blend in ({}, {"ones_column": True, "alpha": 0.3, "beta": -0.7}):
+        lower.assert_lower(gram.gram, tensor(rows, width, dtype=dtype), **blend)
 
 
 @pytest.mark.parametrize("ones_column", [False, True])
