@@ -33,7 +33,15 @@ SIZES = (
 CLASSES = tuple((n, 1, 1, o, k) for n, o, k in ((300, 1000, 2), (300, 3000, 1), (300, 8000, 1), (300, 50257, 1), (40, 50257, 1),
     (20, 128256, 1), (8, 128256, 1), (3, 128256, 2), (1, 300000, 1), (1, 20000, 1), (1, 9000, 1)))  # fmt: skip
 PAIRS = 48, 64, 64, 64, 1  # of sample_gram: gradients whose products are multiplied whole
-FEW = SIZES[1], SIZES[7], SIZES[9], SIZES[17], *CLASSES[4:6], PAIRS  # those at which options, and float16, are tried
+FEW = (
+    SIZES[1],
+    SIZES[7],
+    SIZES[9],
+    SIZES[17],
+    SIZES[19],
+    *CLASSES[4:6],
+    PAIRS,
+)  # those at which options, and float16, are tried
 # An op's own choice of sizes, and the largest extents where its launches do not depend on them.
 MORE = dict.fromkeys(("softmax_hvp", "softmax_root", "softmax_sample"), CLASSES) | {"sample_gram": (PAIRS,)}
 MOST = {

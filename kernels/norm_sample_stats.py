@@ -2,7 +2,7 @@
 
 A program owns a tile of features, a range of samples and a range of their positions: it normalises, adds over positions in
 registers, squares, and leaves each sample's part of the norms and one sum of squares for its range. Where a position's own
-mean and variance are asked for, the tile is all features (up to WHOLE; beyond, they are computed first). Few long samples,
+mean and variance are asked for, the tile is all features (up to WHOLE; beyond, a launch before finds them). Few long samples,
 and sums of more than MOST_STEPS tiles, are split along T: then the sums of each range, (M, ranges, 2, I), are added and
 squared afterwards. All of it in a fixed order, without atomics. Bytes: x and g, once each.
 """
@@ -21,6 +21,7 @@ ELEMENTS = 2048  # of a tile, unless the features are more
 FEATURES = 128  # of a tile that need not hold all
 WHOLE = 8192  # features up to which a program holds whole positions: of 16384, all dtypes spill
 FEW_POSITIONS = 16  # up to which a tile has no more
+BLOCK = 4096  # features that a program takes at a time where it cannot hold all
 MOST_POSITIONS = 64  # of 128 features-last ones in float32, LLVM crashes for sm_90 (Triton 3.9)
 MOST_STEPS = 256  # tiles along T that one float32 sum takes
 
@@ -102,6 +103,43 @@ def _stats_kernel(
         tl.store(place + i_all, shift_squares, mask=i_in)
 
 
+@triton.jit
+def _positions_kernel(
+    x_ptr,
+    mean_ptr,
+    rstd_ptr,
+    eps,
+    t_all,
+    i_all,
+    stride_xn,
+    stride_xt,
+    stride_xi,
+    CENTERED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The mean of one position's features (CENTERED) and 1 / their deviation, BLOCK at a time, into mean and rstd (N T,): about
+    the mean, so that nothing cancels; what is looked at twice is still in the cache."""
+    row = tl.program_id(0)
+    x_ptr += (row // t_all).to(tl.int64) * stride_xn + (row % t_all).to(tl.int64) * stride_xt
+    lane = tl.arange(0, BLOCK)
+    at = lane.to(tl.int64) * stride_xi
+    step = tl.cast(stride_xi, tl.int64)
+    mean = 0.0
+    if CENTERED:
+        total = tl.zeros((BLOCK,), tl.float32)
+        for first in range(0, i_all, BLOCK):
+            total += tl.load(x_ptr + first * step + at, mask=first + lane < i_all, other=0.0).to(tl.float32)
+        mean = tl.sum(total, 0) / i_all
+        tl.store(mean_ptr + row, mean)
+    squares = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, i_all, BLOCK):
+        inside = first + lane < i_all
+        x = tl.load(x_ptr + first * step + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.where(inside, x - mean, 0.0)
+        squares += x * x
+    tl.store(rstd_ptr + row, 1.0 / tl.sqrt(tl.sum(squares, 0) / i_all + eps))
+
+
 def supports(
     x: Tensor, g: Tensor, *, kind=None, eps=0.0, mean=None, rstd=None, precision: str = "ieee"
 ) -> str | None:  # fmt: skip
@@ -120,13 +158,23 @@ def norm_sample_stats(
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `hvpfast.ops.norm_sample_stats`; sums and results are float32 under every `precision`."""
-    if kind is not None and x.shape[2] > WHOLE:
-        wide = x.float()
-        mean = wide.mean(2, keepdim=True) if kind == "layer" else None
-        rest = wide if mean is None else wide - mean
-        rstd, kind = (rest.square().mean(2, keepdim=True) + eps).rsqrt(), None
     with tiles.on_device(g):
+        if kind is not None and x.shape[2] > WHOLE and 0 not in g.shape:
+            mean, rstd = positions(x, kind, eps)
+            kind = None
         return launch(x, g, kind, eps, mean, rstd)
+
+
+def positions(x: Tensor, kind: str, eps: float) -> tuple[Tensor | None, Tensor]:
+    """Means ("layer") or None ("rms"), and 1 / standard deviations or root mean squares, (N, T, 1), of x (N, T, I), not empty."""
+    n, t, i = x.shape
+    rstd = x.new_empty(n, t, 1, dtype=torch.float32)
+    mean = torch.empty_like(rstd) if kind == "layer" else None
+    _positions_kernel[(n * t,)](
+        x, rstd if mean is None else mean, rstd, eps, t, i, *x.stride(), CENTERED=mean is not None, BLOCK=BLOCK, num_warps=8,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return mean, rstd
 
 
 def launch(

@@ -46,14 +46,22 @@ def test_given_statistics(shape, channels):
 @pytest.mark.parametrize("how", KINDS[:2], ids=str)
 def test_more_features_than_a_program_holds(how, monkeypatch):
     monkeypatch.setattr(kernel, "WHOLE", 64)
-    for dtype in DTYPES:
-        x, g = pair(2, 3, 200, 2, dtype=dtype)
+    monkeypatch.setattr(kernel, "BLOCK", 64)
+    cases = [(dtype, "contiguous", False) for dtype in DTYPES] + [
+        (torch.float32, "offset", False),
+        (torch.float32, "strided", True),
+    ]
+    for dtype, layout, channels in cases:
+        x, g = pair(2, 3, 200, 2, dtype=dtype, layout=layout, channels=channels)
         testing.assert_accurate(kernel.norm_sample_stats(x, g, **how), ops.norm_sample_stats, x, g, **how)
+    x, g = pair(2, 3, 200, 1)
+    far = x + 1000  # the variance is that of x - 1000, not a difference of squares
+    testing.assert_accurate(kernel.norm_sample_stats(far, g, **how), ops.norm_sample_stats, far, g, **how)
 
 
 @pytest.mark.parametrize("how", KINDS[:2], ids=str)
 def test_positions_of_5000_features_in_one_pass(how, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "float", None)  # a second pass would begin with it
+    monkeypatch.setattr(kernel, "positions", None)  # a second pass would begin with it
     x, g = pair(2, 3, 5000, 1)
     found = kernel.norm_sample_stats(x, g, **how)
     monkeypatch.undo()
