@@ -180,7 +180,8 @@ def hold_case(row: dict, args: tuple, kwargs: dict) -> None:
 
 
 def variants(name: str, size: tuple, dtype: torch.dtype, layout: str) -> Iterator[tuple[str, tuple, dict]]:
-    """Arguments of the op for one size: plain, and for gram also a running average with a ones column."""
+    """Arguments of the op for one size: plain, and for gram also a running average with a ones column, of
+    both triangles and of the lower one."""
     label = " ".join(f"{axis}={extent}" for axis, extent in zip("NTIOK", size, strict=True)) + f" {layout}"
     named = dict(zip("ntiok", size, strict=True))
     if name == "sample_grads":  # N I O numbers in float64
@@ -193,7 +194,9 @@ def variants(name: str, size: tuple, dtype: torch.dtype, layout: str) -> Iterato
     yield label, args, kwargs
     if name == "gram":
         out = torch.randn(size[2] + 1, size[2] + 1, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-        yield f"{label} blended", args, {"out": out, "alpha": 0.3, "beta": 0.7, "ones_column": True}
+        blend = {"alpha": 0.3, "beta": 0.7, "ones_column": True}
+        yield f"{label} blended", args, {"out": out, **blend}
+        yield f"{label} lower", args, {"out": out, **blend, "mirror": False}
 
 
 def poisoned_run(run: Callable, args: tuple, kwargs: dict) -> Tensor | tuple[Tensor, ...]:
