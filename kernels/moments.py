@@ -20,9 +20,11 @@ from .tiles import Tile, choose_splits, cross, dot
 
 # Tiles by route and product. By rows all data pass through registers: 16-bit data in bf16x6, which multiplies what they
 # become (24 bits) as exactly as float32. "-short": whole tiles and at most SHORT positions a sample, which the tensor cores
-# add by themselves: that leaves registers for a tile twice as wide. "-one": K = 1 and wide layers. Not yet measured on a GPU.
+# add by themselves: that leaves registers for a tile twice as wide. "-odd": rows that cannot be loaded 16 bytes at a time.
+# "-one": K = 1 and wide layers. Not yet measured on a GPU.
 TILES: dict[tuple[str, str], Tile] = {
     ("samples", "exact"): Tile(64, 64, 8, 3, 16),
+    ("samples", "exact-odd"): Tile(64, 32, 8, 3, 32),
     ("samples", "exact-short"): Tile(128, 64, 8, 3, 0),
     ("samples", "bf16"): Tile(64, 16, 8, 4, 64),
     ("samples", "bf16x3"): Tile(64, 16, 4, 4, 64),
@@ -168,8 +170,10 @@ def by_samples(
         alone = (squares is None) + (weighted is None) + (
             not norms
         ) == 2  # more sums would not fit beside the widest tile
-        short = alone and t <= SHORT and t % 64 == o % 128 == i % 128 == 0 and tiles.vectors(a, g)
-        key = f"{product}-short" if product == "exact" and short else product
+        fits = tiles.vectors(a, g)
+        short = alone and t <= SHORT and t % 64 == o % 128 == i % 128 == 0
+        kind = "" if product != "exact" else "-odd" if not fits else "-short" if short else ""
+        key = f"{product}{kind}"
         tile = tables.tile(a.device, f"moments_samples {key}", TILES["samples", key])
     side_o, side_i = tiles.side(o, tile.side), tiles.side(i, tile.side)
     a = tiles.within_32_bits(a, (2, side_i), (1, tile.depth))

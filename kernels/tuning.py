@@ -89,7 +89,9 @@ def cases(device: torch.device, scale: int = 1) -> Iterator[Case]:
             f"norms_{route} {key}", tile, lambda tile, a=a, key=key, launch=launch: launch(a, a, named(key), tile)
         )
     for (route, key), tile in moments.TILES.items():
-        a = draw(named(key) if route == "samples" else "", size(64), size(256) if route == "samples" else 1, size(1024))
+        a = draw(
+            named(key) if route == "samples" else "", size(64), size(256) if route == "samples" else 1, size(1024, key)
+        )
         yield Case(
             f"moments_{route} {key}", tile, lambda tile, a=a, key=key, route=route: _moments(a, route, named(key), tile)
         )
