@@ -191,15 +191,11 @@ def plan(
         order = sorted(range(len(items)), key=lambda item: items[item][2] - items[item][3])
         place = {item: at for at, item in enumerate(order)}
         items, slots = [items[item] for item in order], [place[slot] for slot in slots]
-    numbers = (
-        (items, torch.int64),
-        (slots, torch.int32),
-        (firsts, torch.int32),
-        (table, torch.int32),
-        (lanes, torch.int64),
-    )
-    items, *others = (_on_device(values, dtype, device) for values, dtype in numbers)
-    return Plan(items.reshape(-1, FIELDS), *others, parts, parts // rounds, tiles, single)
+    return Plan(
+        _on_device(items, torch.int64, device).reshape(-1, FIELDS), _on_device(slots, torch.int32, device),
+        _on_device(firsts, torch.int32, device), _on_device(table, torch.int32, device), _on_device(lanes, torch.int64, device),
+        parts, parts // rounds, tiles, single,
+    )  # fmt: skip
 
 
 def _on_device(values: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -105,18 +105,8 @@ def _stats_kernel(
 
 @triton.jit
 def _positions_kernel(
-    x_ptr,
-    mean_ptr,
-    rstd_ptr,
-    eps,
-    t_all,
-    i_all,
-    stride_xn,
-    stride_xt,
-    stride_xi,
-    CENTERED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    x_ptr, mean_ptr, rstd_ptr, eps, t_all, i_all, stride_xn, stride_xt, stride_xi, CENTERED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """The mean of one position's features (CENTERED) and 1 / their deviation, BLOCK at a time, into mean and rstd (N T,): about
     the mean, so that nothing cancels; what is looked at twice is still in the cache."""
     row = tl.program_id(0)
