@@ -1,7 +1,7 @@
 """Compiles what every Triton launcher asks for, for A100, H100 and B200 without a GPU, and holds what comes out against limits.
 
     python -m bench.ahead            # table; exit status 1 where a row breaks its limits
-    python -m bench.ahead --op gram --op matmul --target 90    # some of it
+    python -m bench.ahead --op gram --op kron_apply --target 90    # some of it
     python -m bench.ahead --write    # widen the limits (bench/ahead.json) to what was found
 
 What is compiled is what `bench/launched.py` records. A row breaks its limits by a spill (more than LITTLE bytes of stack, or any
@@ -176,7 +176,13 @@ def main() -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m bench.ahead", description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="widen the limits to what was found")
-    parser.add_argument("--op", action="append", help="only what this op's launcher asks for; may be repeated")
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=all_ops(),
+        metavar="OP",
+        help="only what this op's launcher asks for; may be repeated",
+    )
     parser.add_argument("--only", default="", metavar="REGEX", help="only what matches")
     parser.add_argument("--target", action="append", type=int, choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")

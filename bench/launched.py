@@ -129,11 +129,11 @@ def _calls(name: str) -> Iterator[tuple[tuple, dict]]:
     for size, (dtype, precisions), layout in (
         (s, d, at) for s in (*SIZES, *MORE.get(name, ())) for d in PRECISIONS.items() for at in testing.LAYOUTS
     ):
+        if dtype is torch.float16 and size not in HALF:
+            continue
         extents = {key: min(value, most.get(key, value)) for key, value in zip("ntiok", size, strict=True)}
         args, kwargs = testing.make_inputs(name, **extents, dtype=dtype, layout=layout)
         kwargs.pop("out", None)
-        if dtype is torch.float16 and size not in HALF:
-            continue
         for option in OPTIONS.get(name, ({},)) if size in FEW else ({},):
             asked = _applied(name, args, kwargs, option)
             if asked is not None:
@@ -147,16 +147,15 @@ def _applied(name: str, args: tuple, kwargs: dict, option: dict) -> tuple[tuple,
     if name == "conv_gram":
         (x, kernel), groups = args, kwargs.get("groups", 1)
         shape = kwargs.pop("x", "2d")
-        if shape != "2d":  # a transposed image cannot be viewed as one of another dimension
+        if shape != "2d":
             x = x[:, :, :, 0] if shape == "1d" else x.unsqueeze(2)
         groups = {"all": x.shape[1], "two": 2}.get(groups, groups)
         if x.shape[1] % groups:
             return None
         kwargs["groups"], args = groups, (x, kwargs.pop("kernel_size", kernel))
     if name == "norm_sample_stats":  # given by the axes along which they are one number
-        for key in ("mean", "rstd"):
-            if (axes := kwargs.get(key)) is not None:
-                kwargs[key] = args[0].float().sum(axes, keepdim=True) if axes else args[0].float()
+        given = {key: kwargs[key] for key in ("mean", "rstd") if key in kwargs}
+        kwargs |= {key: args[0].float().sum(axes, keepdim=True) for key, axes in given.items()}
     if name == "sample_statistics" and "c" in kwargs:
         args = args[:2]
         kwargs.pop("c")
