@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -137,8 +139,11 @@ def targets_of(name: str, one: Launch) -> tuple[int, ...]:
     return one.targets[:1] if name.endswith("(odd)") else one.targets
 
 
-def compile_all(found: dict[str, Launch], targets: list[int], jobs: int | None = None) -> tuple[list[Row], list[str]]:
-    """Rows, and what did not compile; one process a core."""
+def compile_all(
+    found: dict[str, Launch], targets: list[int], jobs: int | None = None, seconds: float = math.inf
+) -> tuple[list[Row], list[str]]:
+    """Rows, and what did not compile; one process a core. After so many seconds the rest is left out, which is said."""
+    deadline = time.monotonic() + seconds
     work = [(name, one, target) for name, one in found.items() for target in targets_of(name, one) if target in targets]
     rows: list[Row] = []
     failed: list[str] = []
@@ -150,6 +155,10 @@ def compile_all(found: dict[str, Launch], targets: list[int], jobs: int | None =
                     print(table(rows[-1:], header=len(rows) == 1), flush=True)
                 else:
                     failed.append(row)
+                if time.monotonic() > deadline:
+                    pool.shutdown(cancel_futures=True)
+                    print(f"the time is over: {len(work) - len(rows) - len(failed)} of {len(work)} were not compiled")
+                    break
         except BrokenProcessPool:
             name, _, target = work[len(rows) + len(failed)]
             raise SystemExit(
@@ -186,6 +195,7 @@ def main() -> int:
     parser.add_argument("--only", default="", metavar="REGEX", help="only what matches")
     parser.add_argument("--target", action="append", type=int, choices=TARGETS, help="only this one; may be repeated")
     parser.add_argument("--jobs", type=int, help="processes (default: one a core)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="leave the rest out after this long")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         raise SystemExit("bench.ahead: TRITON_INTERPRET is set, and the interpreter compiles nothing; unset it")
@@ -197,7 +207,7 @@ def main() -> int:
     whole = not (arguments.op or arguments.only or arguments.target)
     targets = arguments.target or TARGETS
     print(f"{len(found)} configurations for {len(targets)} targets", flush=True)
-    rows, broken = compile_all(found, targets, arguments.jobs)
+    rows, broken = compile_all(found, targets, arguments.jobs, arguments.seconds)
     if arguments.write:
         new = widened(limits, rows)
         limits = new if whole else limits | {name: limits.get(name, {}) | new[name] for name in new}

@@ -1,6 +1,7 @@
 """Kernels compiled ahead of time for GPUs that are not here. All of them: `python -m bench.ahead` (CI runs it)."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,12 @@ def test_main_kernels_use_wgmma_and_tma_and_do_not_spill(run):
     for line in lines:
         row = dict(zip(head, line, strict=True))
         assert int(row["wgmma"]) > 0 and int(row["tma"]) > 0 and int(row["stack"]) == 0
+
+
+def test_what_there_is_no_time_for_is_said(run):
+    done = run("--op", "gram", "--only", "add_kernel", "--target", "90", "--jobs", "1", "--seconds", "0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"the time is over: \d+ of \d+ were not compiled", done.stdout)
 
 
 def test_what_it_says_of_what_it_cannot_do(run):
