@@ -27,6 +27,19 @@ LARGEST_BLOCK = 512
 LEAST_LOWER, BOTH_FIRST = 1024, 4
 
 
+def _whole_first(total: Tensor | None, known: int) -> float:
+    """How many additions to a factor write both triangles before they write the lower one; known: additions of a batch."""
+    if total is None or total.dim() != 3 or total.shape[-1] < LEAST_LOWER or not _kernel_adds(total):
+        return math.inf
+    return 0 if known >= 2 * BOTH_FIRST else BOTH_FIRST
+
+
+def _kernel_adds(total: Tensor) -> bool:
+    """Whether a kernel adds to lower triangles: few rows on the reference take up to four times as long so."""
+    rows = total.new_empty(256, total.shape[-1])
+    return ops.gram.choose(rows, out=total[0], mirror=False).backend != "reference"
+
+
 class KroneckerSums:
     """A and G of a unit. A is the mean over rows (samples and positions, each counted as the loss counts it), G the sum
     over rows and columns of the loss's own share: where they do not depend on each other, G (x) A is the block.
@@ -44,7 +57,7 @@ class KroneckerSums:
         ]
         self._added, self._lower = [0, 0], [False, False]  # additions; whether one wrote the lower triangle only
         known = len(unit.calls), len(unit.calls) * run.columns  # additions of a batch
-        self._both_first = [0 if count >= 2 * BOTH_FIRST else BOTH_FIRST for count in known]
+        self._whole_first = [_whole_first(*pair) for pair in zip(self._totals, known, strict=True)]
         # What a single batch is divided by, at once: rows are kept of no other.
         self._whole = (run.total, run.weight) if single else (1.0, 1.0)
         self._single = single
@@ -106,9 +119,8 @@ class KroneckerSums:
 
     def _blend(self, side: int, normal: Normal | None = None) -> dict[str, float | bool]:
         """How the next Gram matrix is added: what is added first reads nothing. Those of images are always whole."""
-        count, size = self._added[side], self._totals[side].shape[-1]
-        image = normal is not None and normal.image is not None
-        mirror = image or size < LEAST_LOWER or count < self._both_first[side]
+        count, image = self._added[side], normal is not None and normal.image is not None
+        mirror = image or count < self._whole_first[side]
         self._added[side] += 1
         self._lower[side] |= not mirror
         return {"beta": float(count > 0), "mirror": mirror}

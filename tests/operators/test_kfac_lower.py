@@ -1,5 +1,7 @@
 """Factors that were summed as lower triangles, against those summed whole."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ def test_sums_of_lower_triangles(monkeypatch, kind, approx, name):
             with monkeypatch.context() as patch:
                 patch.setattr(accumulate, "LEAST_LOWER", 1)
                 patch.setattr(accumulate, "BOTH_FIRST", 1)
+                patch.setattr(accumulate, "_kernel_adds", lambda total: True)
                 found = kind(case.model, F.cross_entropy, data, **options)
                 assert relative(found.to_dense(), expected) < TOLERANCE
                 assert relative(found.inverse(0.1) @ v, want.inverse(0.1) @ v) < TOLERANCE
@@ -41,3 +44,13 @@ def test_sums_of_lower_triangles(monkeypatch, kind, approx, name):
                 assert factor.dim() == 1 or torch.equal(factor, factor.mT)
         assert any(lower) == (not name.startswith("cnn"))  # patches give whole matrices
         lower.clear()
+
+
+def test_lower_triangles_only_where_a_kernel_adds_them(monkeypatch):
+    monkeypatch.setattr(accumulate, "LEAST_LOWER", 1)
+    total = torch.zeros(1, 300, 300)
+    with backend("reference"):
+        assert accumulate._whole_first(total, 100) == math.inf
+    if ops.gram.choose(torch.zeros(256, 300), out=total[0], mirror=False).backend != "reference":
+        assert (accumulate._whole_first(total, 100), accumulate._whole_first(total, 1)) == (0, accumulate.BOTH_FIRST)
+    assert accumulate._whole_first(None, 100) == accumulate._whole_first(total[0], 100) == math.inf
